@@ -1,0 +1,27 @@
+"""What a kind of device must bring: a way to carry lines and files to one runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+
+class Transport(Protocol):
+    """How lines and files reach one runner. Failures to reach it raise `DeviceUnreachable`."""
+
+    def start(self) -> None:
+        """Start the runner."""
+
+    def send(self, line: str) -> None:
+        """Deliver one request; `line` has no newline."""
+
+    def receive(self, *, timeout_s: float) -> str:
+        """The next line from the runner."""
+        ...
+
+    def put(self, local: Path, *, sha256: str) -> str:
+        """Make the file available on the device; return its path there. `sha256` is its name."""
+        ...
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the runner: let it finish, or at once. Calling it again does nothing."""

@@ -1,0 +1,180 @@
+"""From a trained variant to a verified file: slim, build the graph, compare, count, then save.
+
+Enters: a folded or integer model, the model it must equal, calibration images. Leaves:
+`NAME.onnx`, and `NAME.json`, its manifest: what the file is, costs, and was checked against.
+The same inputs give the same bytes; there are no timestamps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from export.cost import cost_card
+from export.float_graph import float_graph
+from export.graph import NOMINAL_BITS, serialise
+from export.integer_graph import integer_graph
+from export.slim import SlimReport, slim
+from export.verify import Agreement, Images, verify_float, verify_integer
+from harness.artefacts import sha256_file, write_atomic
+from harness.models.folded import FoldedResNet
+from harness.models.integer import IntegerResNet
+from harness.records import CostCard, HarnessError
+
+FORMAT_VERSION = 1
+"""Of the manifest."""
+_CLASSES = "classes"
+_IMAGE_DIMS = 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported variant, as it lies on disk."""
+
+    path: Path
+    manifest_path: Path
+    sha256: str
+    """Of the ONNX file."""
+    cost: CostCard
+    agreement: Agreement
+    slimming: SlimReport | None
+    """None for integer models: they are not slimmed."""
+    manifest: dict[str, Any]
+
+
+def export_model(
+    model: FoldedResNet | IntegerResNet,
+    reference: nn.Module,
+    *,
+    out: Path,
+    calibration: Images,
+    metadata: Mapping[str, str],
+    classes: tuple[str, ...] = (),
+    align: int = 1,
+) -> Exported:
+    """Write `out` (.onnx) and its manifest (.json), or nothing.
+
+    Args:
+        model: the deployed form; a float one is slimmed here.
+        reference: what it must equal. For a float model the trained `ResNet` itself, masked and
+            with batch norm; for an integer model the twin.
+        out: the .onnx file; the manifest goes beside it.
+        calibration: uint8 [N, C, H, W], the images to compare on.
+        metadata: written into the file and the manifest (variant, data set, seed, ...).
+        classes: class names, in the order of the logits; empty when unknown.
+        align: round slimmed widths up to a multiple of this.
+
+    Raises:
+        HarnessError: the file would not agree with `reference`, or cannot be written.
+        TypeError: an integer model with a reference that is not one.
+        ValueError: calibration images, file name, class names or metadata of the wrong form, or a
+            mask that cannot be exported.
+    """
+    if calibration.dtype.name != "uint8" or calibration.ndim != _IMAGE_DIMS or not len(calibration):
+        raise ValueError(
+            f"calibration must be uint8 [N, C, H, W], not {calibration.dtype} {calibration.shape}"
+        )
+    if out.suffix != ".onnx":
+        raise ValueError(f"the exported file must be called *.onnx, not {out.name}")
+    channels, height, width = calibration.shape[1:]
+    image_shape = (channels, height, width)
+    properties = dict(metadata)
+    _check_classes(model, classes, properties)
+    if classes:
+        properties[_CLASSES] = json.dumps(classes, ensure_ascii=False)
+    slimming: SlimReport | None = None
+    if isinstance(model, IntegerResNet):
+        if not isinstance(reference, IntegerResNet):
+            raise TypeError("an integer export is compared with its integer twin")
+        content = serialise(integer_graph(model, image_shape=image_shape, metadata=properties))
+        agreement = verify_integer(content, reference, calibration)
+    else:
+        model, slimming = slim(model, align=align)
+        content = serialise(float_graph(model, image_shape=image_shape, metadata=properties))
+        agreement = verify_float(content, reference, calibration)
+    if not agreement.passed:
+        raise HarnessError(
+            f"export of {out.stem} refused, nothing written: it is not the PyTorch model: "
+            f"{agreement.reason}"
+        )
+    cost = cost_card(content, image_shape=image_shape)
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest = {
+        "format": FORMAT_VERSION,
+        "sha256": sha256,
+        "metadata": dict(metadata),
+        "classes": list(classes),
+        "input": {"name": "image", "dtype": "uint8", "shape": ["N", *image_shape]},
+        "cost": asdict(cost),
+        "slimming": None if slimming is None else asdict(slimming),
+        "agreement": asdict(agreement),
+        "min_opset": cost.opset,
+        "checked_with": {"onnxruntime": agreement.runtime_version},
+        NOMINAL_BITS: {layer["name"]: layer["bits_nominal"] for layer in cost.layers},
+    }
+    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    manifest_path = out.with_suffix(".json")
+    # Model first: interrupted in between, the old manifest no longer matches and is refused.
+    write_atomic(out, content)
+    write_atomic(manifest_path, (text + "\n").encode())
+    loaded: dict[str, Any] = json.loads(text)  # exactly what a later reader will see
+    return Exported(out, manifest_path, sha256, cost, agreement, slimming, loaded)
+
+
+def _check_classes(
+    model: FoldedResNet | IntegerResNet, classes: tuple[str, ...], properties: Mapping[str, str]
+) -> None:
+    logits = len(model.fc.bias)
+    if classes and len(classes) != logits:
+        raise ValueError(f"{len(classes)} class names for a model of {logits} classes")
+    if _CLASSES in properties:
+        raise ValueError(f"metadata key {_CLASSES!r} is reserved: pass `classes`")
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an exported model; `path` is the .onnx file or the .json beside it.
+
+    Raises:
+        HarnessError: missing, corrupt, of another format, or not that of the .onnx file there.
+    """
+    manifest_path, model_path = path.with_suffix(".json"), path.with_suffix(".onnx")
+    again = "export the variant again"
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+    except OSError as error:
+        raise HarnessError(f"cannot read {manifest_path} ({error.strerror}): {again}") from error
+    except ValueError as error:
+        raise HarnessError(f"{manifest_path} is not a manifest ({error}): {again}") from error
+    if not isinstance(manifest, dict) or not {"format", "sha256", "cost"} <= manifest.keys():
+        raise HarnessError(f"{manifest_path} is not a manifest of an exported model: {again}")
+    if manifest["format"] != FORMAT_VERSION:
+        raise HarnessError(
+            f"{manifest_path} has format {manifest['format']}, this version reads "
+            f"{FORMAT_VERSION}: {again}"
+        )
+    try:
+        sha256 = sha256_file(model_path)
+    except OSError as error:
+        raise HarnessError(f"cannot read {model_path} ({error.strerror}): {again}") from error
+    if sha256 != manifest["sha256"]:
+        raise HarnessError(f"{model_path} is not the file that {manifest_path} describes: {again}")
+    return manifest
+
+
+def manifest_cost(manifest: Mapping[str, Any]) -> CostCard:
+    """The cost card inside a manifest.
+
+    Raises:
+        HarnessError: its fields are not those of a cost card.
+    """
+    try:
+        fields = dict(manifest["cost"])
+        return CostCard(**{**fields, "layers": tuple(fields["layers"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise HarnessError(f"the manifest holds no valid cost card ({error!r})") from error

@@ -1,0 +1,210 @@
+"""Commands that build artefacts: `train`, `craft`, `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.cli.options import (
+    accelerator_option,
+    chosen_variants,
+    data_dir_option,
+    dry_run_option,
+    existing_or_new_workspace,
+    json_option,
+    make_context,
+    variant_options,
+    workspace_option,
+)
+from harness.cli.plan_table import print_plan
+from harness.records import CONTROLS, UsageError
+
+if TYPE_CHECKING:
+    from harness.pipeline.context import Context
+    from harness.pipeline.tasks import Task
+    from harness.workspace import UapName
+
+
+@click.command()
+@variant_options
+@workspace_option
+@accelerator_option
+@data_dir_option
+@dry_run_option
+@json_option
+def train(
+    models: tuple[str, ...],
+    all_models: bool,
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train and compress variants: cache/VARIANT.pt.
+
+    What a variant starts from (full for pruning and quantisation) is trained first. Killed at any
+    moment, the same command continues.
+
+    \b
+    Examples:
+      harness train --all
+      harness train --model full --model q4
+    """
+    from harness.pipeline.checkpoints import train_tasks
+
+    variants = chosen_variants(models, all_models)
+
+    def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        paths = [context.workspace.checkpoint(name) for name in variants]
+        return train_tasks(context, variants), paths
+
+    _build(root, accelerator, data_dir, dry_run, as_json, tasks)
+
+
+@click.command()
+@variant_options
+@click.option(
+    "--control",
+    "controls",
+    multiple=True,
+    type=click.Choice(CONTROLS),
+    help="A perturbation nobody optimised; may be repeated.",
+)
+@click.option("--eps", type=float, multiple=True, help="Budget in 1/255; may be repeated.")
+@click.option(
+    "--target", "targets", type=click.IntRange(min=0), multiple=True, help="Target class."
+)
+@workspace_option
+@accelerator_option
+@data_dir_option
+@dry_run_option
+@json_option
+def craft(
+    models: tuple[str, ...],
+    all_models: bool,
+    controls: tuple[str, ...],
+    eps: tuple[float, ...],
+    targets: tuple[int, ...],
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Craft universal perturbations: cache/VARIANT_epsE.pt, cache/VARIANT_epsE_tT.pt.
+
+    Without --eps and --target: everything the configuration asks for of these variants.
+
+    \b
+    Examples:
+      harness craft --model full --eps 10
+      harness craft --model q4 --eps 10 --target 3
+      harness craft --control chessboard --eps 10
+    """
+    from harness.pipeline.checkpoints import train_tasks
+    from harness.pipeline.uaps import craft_tasks
+
+    sources = list(controls)
+    if models or all_models or not controls:
+        sources += chosen_variants(models, all_models)
+    for value in eps:
+        if not 0 < value <= 255:
+            raise UsageError(f"--eps {value:g} must be above 0 and at most 255 (1/255 units)")
+
+    def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        names = _uap_names(context, sources, eps, targets)
+        trained = [name for name in sources if name not in CONTROLS]
+        paths = [context.workspace.uap(name) for name in names]
+        return train_tasks(context, trained) + craft_tasks(context, names), paths
+
+    _build(root, accelerator, data_dir, dry_run, as_json, tasks)
+
+
+@click.command()
+@variant_options
+@workspace_option
+@accelerator_option
+@data_dir_option
+@dry_run_option
+@json_option
+def export(
+    models: tuple[str, ...],
+    all_models: bool,
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export variants to ONNX, checked against PyTorch: cache/VARIANT.onnx and .json.
+
+    Pruned variants are physically slimmed, quantised ones hold integers. A file that disagrees
+    with its PyTorch model is not written. Variants not trained yet are trained first.
+
+    \b
+    Examples:
+      harness export --all
+      harness export --model sfp --json
+    """
+    from harness.pipeline.checkpoints import train_tasks
+    from harness.pipeline.exports import export_tasks
+
+    variants = chosen_variants(models, all_models)
+
+    def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        paths = [context.workspace.onnx(name) for name in variants]
+        return train_tasks(context, variants) + export_tasks(context, variants), paths
+
+    _build(root, accelerator, data_dir, dry_run, as_json, tasks)
+
+
+def _uap_names(
+    context: Context, sources: list[str], eps: tuple[float, ...], targets: tuple[int, ...]
+) -> list[UapName]:
+    from harness.pipeline.uaps import targeted_names, white_box_names
+    from harness.workspace import UapName
+
+    config = context.config
+    names: list[UapName] = []
+    for source in sources:
+        control = source in CONTROLS
+        if not eps and not targets:
+            names += white_box_names(context, source)
+            names += [] if control else targeted_names(context, source)
+            continue
+        for budget in eps or (config.craft.transfer_eps,):
+            chosen = targets if targets and not control else (None,)
+            names += [
+                UapName(source, budget, target=t, attack=config.attack, seed=config.seed)
+                for t in chosen
+            ]
+    return names
+
+
+def _build(
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    make_tasks: Callable[[Context], tuple[list[Task], list[Path]]],
+) -> None:
+    """Run a command's tasks and print the files they leave."""
+    import json
+
+    from harness.pipeline.tasks import run_tasks
+
+    workspace = existing_or_new_workspace(root)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    tasks, paths = make_tasks(context)
+    if dry_run:
+        print_plan(context, tasks, as_json=as_json)
+        return
+    with workspace.locked():
+        run_tasks(tasks, context.reporter)
+    shown = [str(path) for path in paths]
+    click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(shown))

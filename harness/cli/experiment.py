@@ -1,0 +1,187 @@
+"""Commands about the whole experiment: `init`, `run`, `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.cli.options import (
+    accelerator_option,
+    data_dir_option,
+    device_option,
+    dry_run_option,
+    json_option,
+    make_context,
+    workspace_option,
+)
+from harness.cli.plan_table import print_plan
+from harness.records import PAPER_ORDER, UsageError
+
+if TYPE_CHECKING:
+    from harness.config import Config
+    from harness.workspace import Workspace
+
+preset_option = click.option("--preset", help="quickstart or paper.")
+dataset_option = click.option(
+    "--dataset", help="digits, cifar10, svhn, FILE.npz, or a folder of class folders."
+)
+seed_option = click.option("--seed", type=click.IntRange(min=0), help="Of the experiment.")
+
+
+@click.command()
+@preset_option
+@dataset_option
+@seed_option
+@workspace_option
+def init(preset: str | None, dataset: str | None, seed: int | None, root: Path) -> None:
+    """Write harness.toml: the experiment as data, to read and change before it runs.
+
+    \b
+    Examples:
+      harness init
+      harness init --preset paper --dataset cifar10 --workspace cifar
+    """
+    from harness.workspace import CONFIG_NAME, create_workspace
+
+    workspace = create_workspace(root, _configuration(preset, dataset, seed))
+    click.echo(str(workspace.root / CONFIG_NAME))
+
+
+@click.command()
+@preset_option
+@dataset_option
+@seed_option
+@device_option
+@workspace_option
+@accelerator_option
+@data_dir_option
+@dry_run_option
+@json_option
+def run(
+    preset: str | None,
+    dataset: str | None,
+    seed: int | None,
+    device_name: str,
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Everything: train, compress, export, craft, attack, time, report.
+
+    In a folder without a harness.toml, writes one first (preset quickstart: the embedded digits,
+    minutes on two cores). Interrupt it at will: the same command continues. Change harness.toml
+    and only what depends on the change is built again.
+
+    \b
+    Examples:
+      harness run
+      harness run --workspace svhn --preset paper --dataset svhn
+      harness run --dataset photos.npz --workspace photos --dry-run
+    """
+    import json
+
+    from devices.registry import device_named
+    from harness.pipeline.experiment import experiment_tasks
+    from harness.pipeline.tasks import run_tasks
+    from reports.report import write_report
+
+    device = device_named(device_name)
+    workspace = _workspace(root, preset, dataset, seed, write=not dry_run)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    tasks = experiment_tasks(context, list(PAPER_ORDER), device)
+    if dry_run:
+        print_plan(context, tasks, as_json=as_json)
+        return
+    with workspace.locked():
+        run_tasks(tasks, context.reporter)
+        with context.open_store() as store:
+            paths = write_report(store, workspace.report, device=device.name)
+    if as_json:
+        click.echo(json.dumps({"report": str(paths.html), "results": str(workspace.results)}))
+    else:
+        click.echo(str(paths.html))
+
+
+@click.command()
+@preset_option
+@dataset_option
+@seed_option
+@device_option
+@workspace_option
+@accelerator_option
+@data_dir_option
+@json_option
+def plan(
+    preset: str | None,
+    dataset: str | None,
+    seed: int | None,
+    device_name: str,
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """What `harness run` would build, what is cached, and what it would cost. Builds nothing.
+
+    The cost is the estimated work times a short measurement of this machine: expect the order
+    of magnitude.
+
+    \b
+    Examples:
+      harness plan
+      harness plan --preset paper --dataset cifar10 --json
+    """
+    from devices.registry import device_named
+    from harness.pipeline.experiment import experiment_tasks
+
+    device = device_named(device_name)
+    workspace = _workspace(root, preset, dataset, seed, write=False)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    print_plan(context, experiment_tasks(context, list(PAPER_ORDER), device), as_json=as_json)
+
+
+def _configuration(preset: str | None, dataset: str | None, seed: int | None) -> Config:
+    """A new experiment's configuration: the preset, with what was given."""
+    from dataclasses import replace
+
+    from harness.config import preset_named
+
+    if dataset is not None and (dataset.endswith(".npz") or "/" in dataset):
+        dataset = str(Path(dataset).resolve())  # the workspace may be elsewhere
+    config = preset_named(preset or "quickstart", dataset=dataset)
+    return config if seed is None else replace(config, seed=seed)
+
+
+def _workspace(
+    root: Path, preset: str | None, dataset: str | None, seed: int | None, *, write: bool
+) -> Workspace:
+    """The workspace, created where there is none; flags must agree with one that is there.
+
+    Raises:
+        UsageError: a flag contradicts harness.toml.
+    """
+    from harness.workspace import CONFIG_NAME, Workspace, create_workspace, open_workspace
+
+    if not (root / CONFIG_NAME).exists():
+        config = _configuration(preset, dataset, seed)
+        if not write:
+            return Workspace(root, config)
+        workspace = create_workspace(root, config)
+        note = f"wrote {root / CONFIG_NAME} (preset {config.preset}, {config.dataset})"
+        click.echo(f"new workspace: {note}", err=True)
+        return workspace
+    workspace = open_workspace(root)
+    wanted = _configuration(preset or workspace.config.preset, dataset, seed)
+    given = {"preset": preset, "dataset": dataset, "seed": seed}
+    for name, flag in given.items():
+        value = getattr(workspace.config, name)
+        if flag is not None and getattr(wanted, name) != value:
+            raise UsageError(
+                f"--{name} {flag} contradicts {root / CONFIG_NAME}, which says {name} = {value!r}: "
+                "edit the file, or take another folder with --workspace"
+            )
+    return workspace

@@ -1,0 +1,108 @@
+"""Commands that read: `report`, `results`, `doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from harness.cli.options import json_option, workspace_option
+from harness.records import PAPER_ORDER, HarnessError, variant_named
+
+
+@click.command()
+@workspace_option
+@click.option("--device", "device_name", help="The device of the headline table.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: report."
+)
+@json_option
+def report(root: Path, device_name: str | None, out: Path | None, as_json: bool) -> None:
+    """Write the report from the results store: HTML, CSV, JSON, Markdown, LaTeX.
+
+    \b
+    Examples:
+      harness report
+      harness report --device local --out /tmp/report
+    """
+    from dataclasses import asdict
+
+    from harness.store import open_store
+    from harness.workspace import open_workspace
+    from reports.report import write_report
+
+    workspace = open_workspace(root)
+    with open_store(workspace.results, create=False) as store:
+        paths = write_report(store, out or workspace.report, device=device_name)
+    if as_json:
+        click.echo(json.dumps({name: str(path) for name, path in asdict(paths).items()}))
+    else:
+        click.echo(str(paths.html))
+
+
+@click.command()
+@workspace_option
+@click.option("--model", "models", multiple=True, metavar="VARIANT", help="Only these victims.")
+@click.option("--runtime", type=click.Choice(["onnxruntime", "torch"]), help="Only this runtime.")
+@json_option
+def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: bool) -> None:
+    """Print every result: one row per model, device, runtime and perturbation.
+
+    \b
+    Examples:
+      harness results
+      harness results --model q4 --runtime onnxruntime
+      harness results --json > results.json
+    """
+    from harness.cli.results_table import print_results
+    from harness.results import as_json as to_json
+    from harness.results import result_rows
+    from harness.store import open_store
+    from harness.workspace import open_workspace
+
+    workspace = open_workspace(root)
+    with open_store(workspace.results, create=False) as store:
+        rows = result_rows(store)
+    measured = {row.variant for row in rows}
+    for name in models:
+        if name not in measured and name not in PAPER_ORDER:
+            variant_named(name)
+    rows = [
+        row
+        for row in rows
+        if (not models or row.variant in models) and (runtime is None or row.runtime == runtime)
+    ]
+    if as_json:
+        click.echo(json.dumps([to_json(row) for row in rows], indent=2))
+    else:
+        print_results(rows)
+
+
+@click.command()
+@workspace_option
+@json_option
+def doctor(root: Path, as_json: bool) -> None:
+    """Check this machine: versions, GPU, data, devices, workspace; say what to fix.
+
+    Exit code 1 when something needs fixing.
+
+    \b
+    Examples:
+      harness doctor
+      harness doctor --json
+    """
+    from dataclasses import asdict
+
+    from harness.doctor import examine
+
+    findings = examine(root)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            mark = {"ok": "ok  ", "note": "note", "problem": "FIX "}[finding.level]
+            click.echo(f"{mark} {finding.subject}: {finding.text}")
+    problems = [finding for finding in findings if finding.level == "problem"]
+    if problems:
+        raise HarnessError(f"{len(problems)} to fix: {', '.join(p.subject for p in problems)}")

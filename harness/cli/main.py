@@ -1,0 +1,77 @@
+"""The `harness` command: options every command shares, and how errors end.
+
+Standard output is data, standard error is progress. Heavy imports wait until a command needs
+them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from harness.cli import attack, build, experiment, inspect
+from harness.records import HarnessError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="uap-edge-harness", message="%(version)s")
+def cli() -> None:
+    """Which compression method survives universal attacks, measured where the model runs.
+
+    \b
+    Examples:
+      harness run                                everything, in this folder
+      harness export --all                       every variant to ONNX, checked
+      harness attack-device --device local --uap cache/full_eps10.pt
+      harness report                             the trade-off per compression method
+    """
+
+
+for command in (
+    experiment.init,
+    experiment.run,
+    experiment.plan,
+    build.train,
+    build.craft,
+    build.export,
+    attack.attack_device,
+    attack.devices,
+    inspect.report,
+    inspect.results,
+    inspect.doctor,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; every failure is one line and an exit code, never a traceback."""
+    try:
+        code = cli.main(standalone_mode=False, prog_name="harness")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted: nothing is half-written; the same command continues")
+        sys.exit(INTERRUPTED)
+    except HarnessError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of standard output went away (`harness results | head`): not our failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("HARNESS_DEBUG"):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        _say(f"error: {type(error).__name__}: {reason} (HARNESS_DEBUG=1 shows where)")
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

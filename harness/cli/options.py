@@ -1,0 +1,99 @@
+"""Options that several commands share, and the context they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+
+from harness.records import PAPER_ORDER, UsageError, variant_named
+
+if TYPE_CHECKING:
+    from harness.pipeline.context import Context
+    from harness.workspace import Workspace
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+workspace_option = click.option(
+    "--workspace",
+    "root",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    show_default="this folder",
+    help="The folder of the experiment: harness.toml, cache, results, report.",
+)
+accelerator_option = click.option(
+    "--accelerator",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where PyTorch trains and crafts.",
+)
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where cifar10 and svhn are, or are downloaded to.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be built, stop.")
+device_option = click.option(
+    "--device", "device_name", default="local", show_default=True, help="Where inference runs."
+)
+
+
+def variant_options(command: Command) -> Command:
+    """`--model VARIANT` (repeatable) or `--all`."""
+    command = click.option(
+        "--model",
+        "models",
+        multiple=True,
+        metavar="VARIANT",
+        help=f"One of {', '.join(PAPER_ORDER)}; may be repeated.",
+    )(command)
+    return click.option("--all", "all_models", is_flag=True, help="All ten variants.")(command)
+
+
+def chosen_variants(models: tuple[str, ...], all_models: bool) -> list[str]:
+    """The variants the options name, in the paper's order.
+
+    Raises:
+        UsageError: neither or both options, or an unknown variant.
+    """
+    if bool(models) == all_models:
+        raise UsageError("name variants with --model VARIANT, or take --all of them")
+    for name in models:
+        variant_named(name)
+    return [name for name in PAPER_ORDER if all_models or name in models]
+
+
+def stderr_console() -> Console:
+    """The console for people; honours NO_COLOR."""
+    return Console(stderr=True)
+
+
+def existing_or_new_workspace(root: Path) -> Workspace:
+    """The workspace in `root`; where there is none, one with the quickstart defaults."""
+    from harness.config import preset_named
+    from harness.workspace import CONFIG_NAME, create_workspace, open_workspace
+
+    if (root / CONFIG_NAME).exists():
+        return open_workspace(root)
+    workspace = create_workspace(root, preset_named("quickstart"))
+    click.echo(f"new workspace: wrote {root / CONFIG_NAME} (preset quickstart)", err=True)
+    return workspace
+
+
+def make_context(workspace: Workspace, *, accelerator: str, data_dir: Path | None) -> Context:
+    """The context of a command that computes."""
+    from harness.cli.progress import ConsoleReporter
+    from harness.pipeline.context import Context, choose_accelerator
+
+    return Context(
+        workspace=workspace,
+        accelerator=choose_accelerator(accelerator),
+        data_dir=data_dir,
+        reporter=ConsoleReporter(stderr_console()),
+    )

@@ -1,0 +1,49 @@
+"""Result rows as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.records import ResultRow, source_label
+
+
+def print_results(rows: Sequence[ResultRow]) -> None:
+    """One line a row: who was attacked with what, and what happened."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "device", "runtime", "UAP", "eps", "target"):
+        table.add_column(name)
+    for name in ("n", "accuracy", "UER", "95 %", "TSR", "= torch", "p50 ms", "KB", "MMACs"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        interval = ""
+        if row.uer_low is not None and row.uer_high is not None:
+            interval = f"{100 * row.uer_low:.1f}-{100 * row.uer_high:.1f}"
+        table.add_row(
+            source_label(row.variant),
+            row.device,
+            row.runtime,
+            source_label(row.uap_source) if row.uap_source else "clean",
+            "" if row.eps is None else f"{row.eps:g}",
+            "" if row.target is None else str(row.target),
+            str(row.n),
+            _percent(row.clean_accuracy),
+            _percent(row.uer),
+            interval,
+            _percent(row.tsr),
+            _percent(row.torch_agreement),
+            "" if row.latency_p50_ms is None else f"{row.latency_p50_ms:.3f}",
+            "" if row.file_bytes is None else f"{row.file_bytes / 1000:.0f}",
+            "" if row.macs is None else f"{row.macs / 1e6:.1f}",
+        )
+    # Piped, a table must not be cut to an 80-column terminal that is not there.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,1 @@
+"""The compression methods: soft filter pruning, post-training pruning, APoT."""

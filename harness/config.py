@@ -1,0 +1,317 @@
+"""The experiment as data: `harness.toml` -> a frozen `Config`, and the presets behind it.
+
+Enters: TOML text, or a preset's name. Leaves: `Config`, checked field by field before anything
+is built. Unknown keys and wrong types are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from harness.records import BLOCKS_PER_STAGE, UsageError
+
+ATTACKS = ("sgd",)
+PROTOCOLS = ("clean", "paper")
+MAX_EPS_255 = 255.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training and compression. Defaults are the paper's; presets change what they must."""
+
+    epochs: int = 160
+    batch_size: int = 250
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "step"
+    """`step`: divide by 10 at `decay_epochs`; `one_cycle`: linear up for a fifth, then down."""
+    decay_epochs: tuple[int, ...] = (80, 120)
+    crop_padding: int = 4
+    """Pixels of padding for random crops; 0 turns augmentation off, flips included."""
+    sfp_keep: float = 0.9
+    mixup_alpha: float = 1.0
+    cutout_size: int = 16
+    pp_keep: float = 0.7
+    pp_granularity: str = "channel"
+    """`channel`: can be slimmed; `unit`: the authors' mask on single activations, cannot."""
+    pp_epochs: int = 20
+    pp_lr: float = 0.01
+    apot_epochs: int = 100
+    apot_lr: float = 0.04
+    apot_alpha_lr_activation: float = 0.1
+    """Learning rate of the activation clips, and of the weights' clips (the authors' values)."""
+    apot_alpha_lr_weight: float = 0.02
+
+
+@dataclass(frozen=True)
+class CraftConfig:
+    """Universal perturbations: what is crafted, and for how long."""
+
+    eps: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
+    """l-infinity budgets of the untargeted UAPs, in 1/255 units."""
+    transfer_eps: float = 10.0
+    """The budget of the transfer matrix and of the targeted UAPs."""
+    targets: str | tuple[int, ...] = "all"
+    """Target classes: `all`, or a list of class indices; an empty list for none."""
+    attack_images: int = 50_000
+    epochs: int = 10
+    batch_size: int = 500
+    step: float = 0.2
+    """Step of one update, as a fraction of eps."""
+    beta: float = 8.0
+    """Each sample's loss is clamped here, so that no single image dominates."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The ONNX files."""
+
+    align: int = 8
+    """Widths that slimming leaves are rounded up to a multiple of this; 1 keeps them exact."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured on the device."""
+
+    images: int = 10_000
+    """Evaluation images; 0 for all."""
+    batch_size: int = 128
+    threads: int = 2
+    """Intra-op threads of onnxruntime; always explicit. Predictions do not depend on it."""
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """Batch-1 latency. `quick` is labelled not comparable; `off` measures none."""
+
+    mode: str = "full"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. A workspace holds exactly one."""
+
+    dataset: str = "digits"
+    arch: str = "resnet18"
+    width: int = 64
+    preset: str = "paper"
+    protocol: str = "clean"
+    attack: str = "sgd"
+    seed: int = 0
+    train: TrainConfig = field(default_factory=TrainConfig)
+    craft: CraftConfig = field(default_factory=CraftConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+
+
+def preset_named(name: str, *, dataset: str | None = None) -> Config:
+    """The defaults of a preset, for a data set where they differ by it.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    try:
+        make = PRESETS[name]
+    except KeyError:
+        known = ", ".join(PRESETS)
+        raise UsageError(f"unknown preset {name!r}: choose from {known}") from None
+    return make(dataset)
+
+
+def _quickstart(dataset: str | None) -> Config:
+    return Config(
+        dataset=dataset or "digits",
+        width=8,
+        preset="quickstart",
+        train=TrainConfig(
+            epochs=8,
+            batch_size=64,
+            lr=0.1,
+            schedule="one_cycle",
+            decay_epochs=(),
+            crop_padding=2,
+            # At width 8, 10 % of a stage-1 layer would be no filter at all.
+            sfp_keep=0.7,
+            pp_epochs=1,
+            apot_epochs=2,
+        ),
+        craft=CraftConfig(attack_images=256, epochs=3, batch_size=64),
+        export=ExportConfig(align=1),
+        eval=EvalConfig(images=600),
+        latency=LatencyConfig(mode="quick"),
+    )
+
+
+def _paper(dataset: str | None) -> Config:
+    train = TrainConfig()
+    if dataset == "svhn":
+        train = replace(train, epochs=20, decay_epochs=(10, 15), pp_epochs=5, apot_epochs=20)
+    return Config(dataset=dataset or "cifar10", preset="paper", train=train)
+
+
+PRESETS = {"quickstart": _quickstart, "paper": _paper}
+
+
+# --- reading and writing -------------------------------------------------------------------------
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a `harness.toml`; keys it leaves out come from its preset.
+
+    Raises:
+        UsageError: unreadable, malformed, an unknown key, a wrong type or an impossible value.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text: write it anew with `harness init`") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    return config_from_dict(values, where=path.name)
+
+
+def config_from_dict(values: dict[str, Any], *, where: str = "harness.toml") -> Config:
+    """Overlay `values` on their preset's defaults and check the result."""
+    preset, dataset = values.get("preset", "quickstart"), values.get("dataset")
+    if not isinstance(preset, str):
+        raise UsageError(f"{where}: preset must be text, got {preset!r}")
+    if dataset is not None and not isinstance(dataset, str):
+        raise UsageError(f"{where}: dataset must be text, got {dataset!r}")
+    config = _overlay(preset_named(preset, dataset=dataset), values, where=where, prefix="")
+    assert isinstance(config, Config)
+    _check(config, where)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as commented TOML that `load_config` reads back unchanged."""
+    lines = [
+        "# One experiment. Change a value and `harness run` rebuilds only what depends on it.",
+        "# Units: eps in 1/255; rates as fractions. See `harness init --help`.",
+    ]
+    tables: list[str] = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            tables += ["", f"[{item.name}]"]
+            tables += [f"{f.name} = {_toml(getattr(value, f.name))}" for f in fields(value)]
+        else:
+            lines.append(f"{item.name} = {_toml(value)}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # Text, numbers, booleans and flat lists are written alike in JSON and TOML.
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+def _overlay(base: Any, values: dict[str, Any], *, where: str, prefix: str) -> Any:
+    hints = get_type_hints(type(base))
+    known = {item.name for item in fields(base)}
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            close = ", ".join(sorted(known))
+            raise UsageError(f"{where}: unknown key {name!r}; known here: {close}")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise UsageError(f"{where}: {name!r} must be a table, [{name}]")
+            changes[key] = _overlay(current, value, where=where, prefix=f"{name}.")
+        else:
+            changes[key] = _coerce(value, hints[key], where=where, name=name)
+    return replace(base, **changes)
+
+
+def _coerce(value: Any, hint: Any, *, where: str, name: str) -> Any:
+    """`value` as the field's type: exact for text, whole numbers and lists; 1 is fine for 1.0."""
+    options = get_args(hint) if hint is not str and type(hint).__name__ == "UnionType" else (hint,)
+    for option in options:
+        if option is str and isinstance(value, str):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if option is float and is_number and math.isfinite(value):
+            return float(value)
+        if getattr(option, "__origin__", None) is tuple and isinstance(value, list):
+            element = get_args(option)[0]
+            return tuple(
+                _coerce(v, element, where=where, name=f"{name}[{i}]") for i, v in enumerate(value)
+            )
+    wanted = " or ".join(_plain(option) for option in options)
+    raise UsageError(f"{where}: {name} must be {wanted}, got {value!r}")
+
+
+def _plain(hint: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number"}
+    return names.get(
+        hint,
+        "a list of " + _plain(get_args(hint)[0]).removeprefix("a ") + "s"
+        if get_args(hint)
+        else str(hint),
+    )
+
+
+def _check(config: Config, where: str) -> None:
+    train, craft = config.train, config.craft
+
+    def need(ok: bool, key: str, value: object, rule: str) -> None:
+        if not ok:
+            raise UsageError(f"{where}: {key} = {value!r}, but it must be {rule}")
+
+    need(config.arch in BLOCKS_PER_STAGE, "arch", config.arch, f"one of {list(BLOCKS_PER_STAGE)}")
+    need(config.protocol in PROTOCOLS, "protocol", config.protocol, f"one of {list(PROTOCOLS)}")
+    need(config.attack in ATTACKS, "attack", config.attack, f"one of {list(ATTACKS)}")
+    need(1 <= config.width <= 1024, "width", config.width, "from 1 to 1024")
+    need(0 <= config.seed < 2**31, "seed", config.seed, "from 0 to 2^31 - 1")
+    for key in ("epochs", "batch_size"):
+        need(getattr(train, key) >= 1, f"train.{key}", getattr(train, key), "at least 1")
+        need(getattr(craft, key) >= 1, f"craft.{key}", getattr(craft, key), "at least 1")
+    for key in ("pp_epochs", "apot_epochs", "crop_padding", "cutout_size"):
+        need(getattr(train, key) >= 0, f"train.{key}", getattr(train, key), "at least 0")
+    for key in ("lr", "mixup_alpha", "pp_lr", "apot_lr"):
+        need(getattr(train, key) > 0, f"train.{key}", getattr(train, key), "above 0")
+    for key in ("sfp_keep", "pp_keep"):
+        need(0 < getattr(train, key) <= 1, f"train.{key}", getattr(train, key), "in (0, 1]")
+    schedules, granularities = ("step", "one_cycle"), ("channel", "unit")
+    need(train.schedule in schedules, "train.schedule", train.schedule, f"one of {schedules}")
+    need(
+        train.pp_granularity in granularities,
+        "train.pp_granularity",
+        train.pp_granularity,
+        f"one of {granularities}",
+    )
+    for i, eps in enumerate((*craft.eps, craft.transfer_eps)):
+        key = f"craft.eps[{i}]" if i < len(craft.eps) else "craft.transfer_eps"
+        need(0 < eps <= MAX_EPS_255, key, eps, f"above 0 and at most {MAX_EPS_255:g} (1/255 units)")
+    need(len(set(craft.eps)) == len(craft.eps), "craft.eps", list(craft.eps), "without repeats")
+    if isinstance(craft.targets, str):
+        need(craft.targets == "all", "craft.targets", craft.targets, '"all" or a list of classes')
+    else:
+        need(
+            all(t >= 0 for t in craft.targets), "craft.targets", list(craft.targets), "not negative"
+        )
+    need(craft.attack_images >= 1, "craft.attack_images", craft.attack_images, "at least 1")
+    need(craft.step > 0, "craft.step", craft.step, "above 0")
+    need(craft.beta > 0, "craft.beta", craft.beta, "above 0")
+    need(config.export.align >= 1, "export.align", config.export.align, "at least 1")
+    need(config.eval.images >= 0, "eval.images", config.eval.images, "at least 0 (0: all)")
+    for section, values in (("eval", config.eval), ("latency", config.latency)):
+        need(1 <= values.threads <= 256, f"{section}.threads", values.threads, "from 1 to 256")
+    need(config.eval.batch_size >= 1, "eval.batch_size", config.eval.batch_size, "at least 1")
+    modes = ("quick", "full", "off")
+    need(config.latency.mode in modes, "latency.mode", config.latency.mode, f"one of {modes}")

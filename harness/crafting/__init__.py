@@ -1,0 +1,1 @@
+"""Universal adversarial perturbations: crafting, controls, files."""

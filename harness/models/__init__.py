@@ -1,0 +1,1 @@
+"""Model definitions: trainable, folded, and integer forms."""

@@ -1,0 +1,164 @@
+"""APoT layers (Li, Dong and Wang 2019): additive powers-of-two levels with learned clipping.
+
+Every level is a whole multiple of one step, so a layer is (integer weights) * (integer
+activations) * (one scale). That is what makes an exact integer deployment possible; these layers
+are the trainable, fake-quantised form of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATION_LEVELS: dict[int, tuple[int, ...]] = {
+    2: (0, 1, 2, 4),
+    3: (0, 1, 2, 3, 4, 6, 8, 10),
+    4: (0, 1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 32, 33, 36, 48),
+}
+"""Unsigned levels in units of the step alpha / max(levels)."""
+WEIGHT_LEVELS: dict[int, tuple[int, ...]] = {
+    2: (0, 1),
+    3: (0, 1, 2, 4),
+    4: (0, 1, 2, 3, 4, 6, 8, 10),
+}
+"""Magnitudes; one bit of the weight is its sign."""
+WEIGHT_ALPHA_INIT = 3.0
+"""Clip of the normalised weights, in standard deviations (the authors' initial value)."""
+ACTIVATION_ALPHA_INIT = 8.0
+MIN_ALPHA = 1e-2
+"""A clip that training drove to zero or below would make the scale meaningless."""
+
+
+def half_unit_table(levels: tuple[int, ...]) -> np.ndarray:
+    """uint8 [256]: the level nearest to each half-unit cell.
+
+    All midpoints between levels are multiples of half a unit, so the quantiser is: count half
+    units, look the level up. Cell c covers x / unit in [c/2, (c+1)/2).
+    """
+    midpoints = (np.array(levels[1:]) + np.array(levels[:-1])) / 2
+    cells = np.arange(256) / 2 + 0.25
+    return np.array(levels, dtype=np.uint8)[np.searchsorted(midpoints, cells)]
+
+
+class _Project(torch.autograd.Function):
+    """q = nearest level of u (u clipped to [0, max] by the caller); gradient passes through."""
+
+    @staticmethod
+    def forward(ctx: Any, units: Tensor, table: Tensor) -> Tensor:  # noqa: ARG004
+        cells = (units * 2).to(torch.int32).clamp_(0, table.numel() - 1)
+        return table[cells]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grads[0], None
+
+
+class ApotConv2d(nn.Conv2d):
+    """Convolution over APoT activations with APoT weights; each has its own learned clip.
+
+    Reparameterised clipping (RCF): quantised(x) = alpha * Q(clip(x / alpha)), so the gradient
+    with respect to alpha is sign(x) outside the clip and Q(x/alpha) - x/alpha inside it.
+    Weights are normalised per tensor, (w - mean) / std, before they are quantised.
+    """
+
+    activation_table: Tensor
+    weight_table: Tensor
+
+    def __init__(
+        self, cin: int, cout: int, kernel: int, *, stride: int, padding: int, bits: int
+    ) -> None:
+        super().__init__(cin, cout, kernel, stride=stride, padding=padding, bias=False)
+        self.bits = bits
+        self.activation_max = ACTIVATION_LEVELS[bits][-1]
+        self.weight_max = WEIGHT_LEVELS[bits][-1]
+        self.activation_alpha = nn.Parameter(torch.tensor(ACTIVATION_ALPHA_INIT))
+        self.weight_alpha = nn.Parameter(torch.tensor(WEIGHT_ALPHA_INIT))
+        for name, levels in (
+            ("activation_table", ACTIVATION_LEVELS[bits]),
+            ("weight_table", WEIGHT_LEVELS[bits]),
+        ):
+            cells = half_unit_table(levels)[: 2 * levels[-1] + 1]
+            self.register_buffer(name, torch.from_numpy(cells).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = self.activation_alpha.clamp(min=MIN_ALPHA)
+        step = alpha / self.activation_max
+        units = (x / step).clamp(0, self.activation_max)
+        # clamp() has no gradient for alpha beyond the clip; multiplying by step restores it.
+        levels = _Project.apply(units, self.activation_table)  # type: ignore[no-untyped-call]
+        return F.conv2d(levels * step, self.quantised_weight(), None, self.stride, self.padding)
+
+    def quantised_weight(self) -> Tensor:
+        """Weights as alpha * Q(clip(normalised weight / alpha)), differentiable."""
+        levels, step = self._weight_levels()
+        return levels * step
+
+    def integer_weight(self) -> tuple[np.ndarray, float]:
+        """(int8 levels [O, I, k, k], step): the weight is levels * step, exactly."""
+        with torch.no_grad():
+            levels, step = self._weight_levels()
+        return levels.cpu().numpy().astype(np.int8), float(step)
+
+    def _weight_levels(self) -> tuple[Tensor, Tensor]:
+        # Population std: one definition for the twin and for training.
+        normalised = (self.weight - self.weight.mean()) / self.weight.std(correction=0)
+        step = self.weight_alpha.clamp(min=MIN_ALPHA) / self.weight_max
+        units = (normalised / step).clamp(-self.weight_max, self.weight_max)
+        levels: Tensor = _Project.apply(units.abs(), self.weight_table)  # type: ignore[no-untyped-call]
+        return levels * torch.sign(units).detach(), step
+
+
+class Uniform8Conv2d(nn.Conv2d):
+    """First layer: 8-bit uniform weights (absmax per tensor) over whole pixel values."""
+
+    def over_integers(self, centred: Tensor, std_255: Tensor) -> Tensor:
+        """Convolve (pixels - mean), quantising weight / std. `centred` [N, C, H, W]."""
+        levels, scale = _uniform8(self.weight / std_255)
+        return F.conv2d(centred, levels * scale, None, self.stride, self.padding)
+
+    def integer_weight(self, std_255: Tensor) -> tuple[np.ndarray, float]:
+        """(int8 levels, scale) of weight / std."""
+        with torch.no_grad():
+            levels, scale = _uniform8(self.weight / std_255)
+        return levels.cpu().numpy().astype(np.int8), float(scale)
+
+
+class Uniform8Linear(nn.Linear):
+    """Last layer: 8-bit uniform weights (absmax per tensor), float activations and bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels, scale = _uniform8(self.weight)
+        return F.linear(x, levels * scale, self.bias)
+
+    def integer_weight(self) -> tuple[np.ndarray, float]:
+        """(int8 levels [classes, features], scale)."""
+        with torch.no_grad():
+            levels, scale = _uniform8(self.weight)
+        return levels.cpu().numpy().astype(np.int8), float(scale)
+
+
+class _Round(torch.autograd.Function):
+    """Round half to even; the gradient passes through (straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return grads[0]
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round half to even, with the straight-through gradient."""
+    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def _uniform8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.detach().abs().max().clamp(min=1e-12) / 127
+    return round_through(weight / scale), scale

@@ -1,0 +1,376 @@
+"""The deployed form of an APoT variant: integer arithmetic, written in PyTorch (the "twin").
+
+Enters: a trained APoT `ResNet`. Leaves: an `IntegerResNet` whose tensors hold whole numbers in
+float32. Every sum stays below 2^24, so float32 computes it exactly, and onnxruntime's integer
+kernels give the same codes bit for bit. Crafting attacks this model, `export` writes it: what was
+attacked is what is deployed.
+
+Notation: u = alpha / max(level) is a quantiser's unit, f = u / 2 its half unit, q a level,
+c the half-unit count ("code", 0..255) that a 256-entry table maps to q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.models.apot import (
+    ACTIVATION_LEVELS,
+    MIN_ALPHA,
+    ApotConv2d,
+    Uniform8Conv2d,
+    Uniform8Linear,
+    half_unit_table,
+    round_through,
+)
+from harness.models.folded import batchnorm_affine
+from harness.models.resnet import BasicBlock, ResNet
+
+EXACT_LIMIT = 2**24
+"""Whole numbers up to here are exact in float32."""
+WEIGHT_MULTIPLIER = {2: 32, 3: 16, 4: 8}
+"""Integer weights are scaled by this so that the int32 bias resolves finer than a code; free,
+because the product still fits int8 (32 x 1, 16 x 4, 8 x 10)."""
+_BIAS_LIMIT = 2**22
+"""A channel whose bias needs more integer steps than this is constant in all but name."""
+
+Float32 = npt.NDArray[np.float32]
+
+
+class _Levels(torch.autograd.Function):
+    """q = table[clip(round(h), 0, 255)] for h half units; straight-through inside the clip.
+
+    A level is about (h + 1/2) / 2, so its slope is 1/2 where 0 <= h + 1/2 <= 2 max(level).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, half_units: Tensor, table: Tensor, top: int) -> Tensor:
+        ctx.save_for_backward((half_units >= -0.5) & (half_units <= 2 * top - 0.5))
+        codes = half_units.round().clamp_(0, 255).to(torch.int32)
+        return table[codes]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside * 0.5, None, None
+
+
+class LevelTable(nn.Module):
+    """Half-unit counts (float, unrounded) -> integer levels."""
+
+    table: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.top = ACTIVATION_LEVELS[bits][-1]
+        table = half_unit_table(ACTIVATION_LEVELS[bits])
+        self.register_buffer("table", torch.from_numpy(table).float())
+
+    def forward(self, half_units: Tensor) -> Tensor:
+        levels: Tensor = _Levels.apply(half_units, self.table, self.top)  # type: ignore[no-untyped-call]
+        return levels
+
+
+class ActivationQuantiser(nn.Module):
+    """Float activations -> integer levels, as Sub, QuantizeLinear and a table lookup."""
+
+    half_unit: Tensor
+    quarter_unit: Tensor
+
+    def __init__(self, *, unit: np.float32, bits: int) -> None:
+        super().__init__()
+        half = np.float32(unit / np.float32(2))
+        self.unit = unit
+        self.register_buffer("half_unit", torch.tensor(half))
+        self.register_buffer("quarter_unit", torch.tensor(np.float32(half / np.float32(2))))
+        self.levels = LevelTable(bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels: Tensor = self.levels((x - self.quarter_unit) / self.half_unit)
+        return levels
+
+
+class IntegerConv(nn.Module):
+    """Exact convolution of integer levels: float32 in form, integers in value."""
+
+    weight: Tensor
+
+    def __init__(self, weight: npt.NDArray[np.int8], *, stride: int, padding: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = padding
+        self.register_buffer("weight", torch.from_numpy(weight.astype(np.float32)))
+
+    def forward(self, levels: Tensor) -> Tensor:
+        # The sums are whole; rounding removes what a fast convolution algorithm may leave.
+        return round_through(
+            F.conv2d(levels, self.weight, None, stride=self.stride, padding=self.padding)
+        )
+
+    def weight_int8(self) -> npt.NDArray[np.int8]:
+        """The integer weights [O, I, k, k]."""
+        return self.weight.cpu().numpy().astype(np.int8)
+
+
+class RequantisedConv(nn.Module):
+    """conv1 of a block: levels -> levels, batch norm in the requantisation (QLinearConv).
+
+    code = clip(round((k * acc + bias) * gain), 0, 255); `weight_scale` is what the ONNX operator
+    is given, and gain = input unit * weight_scale / half unit in float32, as onnxruntime does.
+    """
+
+    gain: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        conv: IntegerConv,
+        *,
+        multiplier: int,
+        input_unit: np.float32,
+        weight_scale: Float32,
+        bias: npt.NDArray[np.int32],
+        output: ActivationQuantiser,
+    ) -> None:
+        super().__init__()
+        self.conv = conv
+        self.multiplier = multiplier
+        self.input_unit = input_unit
+        self.weight_scale = weight_scale
+        self.output = output
+        half_unit = np.float32(output.half_unit.item())
+        gain = (input_unit * weight_scale).astype(np.float32) / half_unit
+        self.register_buffer("gain", _per_channel(gain.astype(np.float32)))
+        self.register_buffer("bias", _per_channel(bias.astype(np.float32)))
+
+    def forward(self, levels: Tensor) -> Tensor:
+        accumulated = self.conv(levels) * self.multiplier + self.bias
+        out: Tensor = self.output.levels(accumulated * self.gain)
+        return out
+
+    def bias_int32(self) -> npt.NDArray[np.int32]:
+        """The integer bias [O]."""
+        return self.bias.flatten().cpu().numpy().astype(np.int32)
+
+
+class RescaledConv(nn.Module):
+    """Levels -> float: acc * scale + shift per channel (ConvInteger, Cast, Mul, Add)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, conv: IntegerConv, *, scale: Float32, shift: Float32) -> None:
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("scale", _per_channel(scale))
+        self.register_buffer("shift", _per_channel(shift))
+
+    def forward(self, levels: Tensor) -> Tensor:
+        rescaled: Tensor = self.conv(levels) * self.scale + self.shift
+        return rescaled
+
+
+class IntegerBlock(nn.Module):
+    """One residual block; the skip connection stays float, as in APoT."""
+
+    def __init__(
+        self,
+        quantise: ActivationQuantiser,
+        conv1: RequantisedConv,
+        conv2: RescaledConv,
+        quantise_shortcut: ActivationQuantiser | None,
+        shortcut: RescaledConv | None,
+    ) -> None:
+        super().__init__()
+        self.quantise = quantise
+        self.conv1 = conv1
+        self.conv2 = conv2
+        self.quantise_shortcut = quantise_shortcut
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(self.quantise(x)))
+        if self.shortcut is None or self.quantise_shortcut is None:
+            return F.relu(y + x)
+        return F.relu(y + self.shortcut(self.quantise_shortcut(x)))
+
+
+class IntegerResNet(nn.Module):
+    """Pixels float [N, C, H, W] in [0, 255] -> logits [N, classes].
+
+    Exact (every code as on the device) when the pixels are whole numbers; differentiable by
+    straight-through everywhere.
+    """
+
+    mean_255: Tensor
+
+    def __init__(
+        self,
+        mean_255: Tensor,
+        stem: RescaledConv,
+        blocks: list[IntegerBlock],
+        fc: QuantisedLinear,
+        *,
+        bits: int,
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("mean_255", mean_255)
+        self.stem = stem
+        self.layers = nn.ModuleList(blocks)
+        self.fc = fc
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = F.relu(self.stem(pixels - self.mean_255))
+        for block in self.layers:
+            x = block(x)
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
+
+    def blocks(self) -> Iterator[IntegerBlock]:
+        """The residual blocks from input to output."""
+        for block in self.layers:
+            assert isinstance(block, IntegerBlock)
+            yield block
+
+
+class QuantisedLinear(nn.Module):
+    """Last layer: 8-bit weights, float activations."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, levels: npt.NDArray[np.int8], *, scale: np.float32, bias: Tensor) -> None:
+        super().__init__()
+        self.levels = levels
+        self.scale = scale
+        weight = levels.astype(np.float32) * scale
+        self.register_buffer("weight", torch.from_numpy(weight.astype(np.float32)))
+        self.register_buffer("bias", bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A convolution's integers and its per-channel map acc -> acc * scale + shift, scale > 0."""
+
+    weight: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float64]
+    shift: npt.NDArray[np.float64]
+
+
+def integerise(model: ResNet) -> IntegerResNet:
+    """The integer network of a trained APoT model in eval mode.
+
+    Raises:
+        ValueError: the model is not quantised.
+    """
+    spec = model.spec
+    if spec.bits is None or not isinstance(model.conv1, Uniform8Conv2d):
+        raise ValueError("only a model with APoT bits has an integer form")
+    levels, step = model.conv1.integer_weight(model.normalise.std_255)
+    stem = _affine(levels, step, model.bn1)
+    assert isinstance(model.fc, Uniform8Linear)
+    fc_levels, fc_scale = model.fc.integer_weight()
+    return IntegerResNet(
+        model.normalise.mean_255.detach().clone().cpu(),
+        _rescaled(stem, stride=1, padding=1),
+        [_integer_block(block, spec.bits) for block in model.blocks()],
+        QuantisedLinear(
+            fc_levels, scale=np.float32(fc_scale), bias=model.fc.bias.detach().clone().cpu()
+        ),
+        bits=spec.bits,
+    )
+
+
+def _integer_block(block: BasicBlock, bits: int) -> IntegerBlock:
+    conv1, conv2 = block.conv1, block.conv2
+    assert isinstance(conv1, ApotConv2d)
+    assert isinstance(conv2, ApotConv2d)
+    quantise1, quantise2 = _quantiser(conv1), _quantiser(conv2)
+    quantise_shortcut = shortcut = None
+    if block.downsample is not None:
+        conv, bn = block.downsample
+        assert isinstance(conv, ApotConv2d)
+        assert isinstance(bn, nn.BatchNorm2d)
+        quantise_shortcut = _quantiser(conv)
+        shortcut = _rescaled(
+            _conv_affine(conv, bn, unit=quantise_shortcut.unit), stride=conv.stride[0], padding=0
+        )
+    return IntegerBlock(
+        quantise1,
+        _requantised(conv1, block.bn1, quantise1, quantise2, multiplier=WEIGHT_MULTIPLIER[bits]),
+        _rescaled(_conv_affine(conv2, block.bn2, unit=quantise2.unit), stride=1, padding=1),
+        quantise_shortcut,
+        shortcut,
+    )
+
+
+def _quantiser(conv: ApotConv2d) -> ActivationQuantiser:
+    alpha = max(float(conv.activation_alpha.detach()), MIN_ALPHA)
+    return ActivationQuantiser(unit=np.float32(alpha / conv.activation_max), bits=conv.bits)
+
+
+def _conv_affine(conv: ApotConv2d, bn: nn.BatchNorm2d, *, unit: np.float32) -> _Affine:
+    levels, step = conv.integer_weight()
+    return _affine(levels, step * float(unit), bn)
+
+
+def _affine(levels: npt.NDArray[np.int8], step: float, bn: nn.BatchNorm2d) -> _Affine:
+    gain, shift = (t.cpu().numpy() for t in batchnorm_affine(bn))
+    # Scales must be positive: a negative batch-norm gain flips the sign of the weights instead.
+    flipped = np.where((gain < 0)[:, None, None, None], -levels, levels).astype(np.int8)
+    return _Affine(flipped, np.abs(gain) * step, shift)
+
+
+def _rescaled(affine: _Affine, *, stride: int, padding: int) -> RescaledConv:
+    return RescaledConv(
+        IntegerConv(affine.weight, stride=stride, padding=padding),
+        scale=affine.scale.astype(np.float32),
+        shift=affine.shift.astype(np.float32),
+    )
+
+
+def _requantised(
+    conv: ApotConv2d,
+    bn: nn.BatchNorm2d,
+    quantise: ActivationQuantiser,
+    output: ActivationQuantiser,
+    *,
+    multiplier: int,
+) -> RequantisedConv:
+    affine = _conv_affine(conv, bn, unit=quantise.unit)
+    scale = affine.scale / multiplier
+    # The quantiser subtracts a quarter unit; here that is free, in the bias.
+    shift = affine.shift - float(output.quarter_unit)
+    constant = np.abs(shift) > scale * _BIAS_LIMIT
+    weight = np.where(constant[:, None, None, None], 0, affine.weight).astype(np.int8)
+    scale = np.where(constant, np.maximum(np.abs(shift), 1e-30) / 2**20, scale)
+    bias = np.rint(shift / scale).astype(np.int32)
+    largest = float(np.abs(weight).sum(axis=(1, 2, 3)).max()) * conv.activation_max
+    if largest >= EXACT_LIMIT:
+        raise ValueError(f"sums up to {largest:.0f} exceed float32's exact integers (2^24)")
+    return RequantisedConv(
+        IntegerConv(weight, stride=conv.stride[0], padding=1),
+        multiplier=multiplier,
+        input_unit=quantise.unit,
+        weight_scale=(scale / float(quantise.unit)).astype(np.float32),
+        bias=bias,
+        output=output,
+    )
+
+
+def _per_channel(values: npt.NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).view(1, -1, 1, 1)

@@ -1,0 +1,136 @@
+"""Stage `train`: data -> checkpoint -> compressed checkpoint.
+
+Enters: the data and, for a compressed variant, its parent's checkpoint. Leaves:
+`cache/<variant>.pt`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from harness.artefacts import cache_key
+from harness.compression import variants as compression
+from harness.compression.variants import Build, build_variant, planned_epochs, relevant_config
+from harness.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from harness.models.folded import fold
+from harness.models.integer import integerise
+from harness.models.resnet import ResNet
+from harness.pipeline.context import Context
+from harness.pipeline.tasks import Progress, Task
+from harness.records import VARIANTS, Variant, variant_named
+
+TRAIN_COST = {"full": 3.5, "sfp": 3.6, "pp": 3.5, "apot": 7.0}
+"""Forward passes that one training image costs: forward, backward, and fake quantisation."""
+
+
+def with_parents(names: list[str]) -> list[Variant]:
+    """The variants and all they start from, in build order."""
+    wanted: set[str] = set()
+    for name in names:
+        current: str | None = name
+        while current is not None:
+            wanted.add(current)
+            current = variant_named(current).parent
+    return [variant for variant in VARIANTS if variant.name in wanted]
+
+
+def checkpoint_key(context: Context, variant: Variant) -> str:
+    """Digest of everything the variant's weights depend on."""
+    data = context.data
+    inputs = {"train": data.digests["train"], "classes": data.classes, "flip": data.flip}
+    if variant.method == "pp":
+        inputs["calibration"] = data.digests["calibration"]
+    return cache_key(
+        "train",
+        compression.VERSION,
+        variant=variant.name,
+        config=relevant_config(variant, context.config),
+        data=inputs,
+        parent=checkpoint_key(context, variant_named(variant.parent)) if variant.parent else None,
+    )
+
+
+def valid_checkpoint(context: Context, variant: Variant) -> Checkpoint | None:
+    """The variant's checkpoint if it is what the configuration asks for.
+
+    Raises:
+        UsageError: there is a file, but it is damaged.
+    """
+    path = context.workspace.checkpoint(variant.name)
+    if not path.exists():
+        return None
+    checkpoint = load_checkpoint(path)
+    if checkpoint.key != checkpoint_key(context, variant):
+        return None
+    if variant.parent is not None:
+        parent = variant_named(variant.parent)
+        if valid_checkpoint(context, parent) is None:
+            return None
+        parent_sha256 = context.sha256(context.workspace.checkpoint(parent.name))
+        if checkpoint.meta.get("parent_sha256") != parent_sha256:
+            return None
+    return checkpoint
+
+
+def train_tasks(context: Context, names: list[str]) -> list[Task]:
+    """Train the variants, and first whatever they start from."""
+    return [_train_task(context, variant) for variant in with_parents(names)]
+
+
+def _train_task(context: Context, variant: Variant) -> Task:
+    epochs = planned_epochs(variant, context.config.train)
+    return Task(
+        stage="train",
+        name=f"train {variant.name}",
+        work=TRAIN_COST[variant.method] * epochs * len(context.data.train),
+        is_done=lambda: valid_checkpoint(context, variant) is not None,
+        run=lambda progress: _train(context, variant, progress),
+    )
+
+
+def _train(context: Context, variant: Variant, progress: Progress) -> None:
+    workspace = context.workspace
+    parent: ResNet | None = None
+    meta = {
+        "dataset": context.data.name,
+        "preset": context.config.preset,
+        "seed": context.config.seed,
+        "method": variant.method,
+    }
+    if variant.parent is not None:
+        path = workspace.checkpoint(variant.parent)
+        parent = load_checkpoint(path).build()
+        meta["parent"] = variant.parent
+        meta["parent_sha256"] = context.sha256(path)
+    key = checkpoint_key(context, variant)
+    partial = workspace.partial(f"train_{variant.name}")
+    model = build_variant(
+        Build(
+            variant=variant,
+            config=context.config,
+            data=context.data,
+            parent=parent,
+            key=key,
+            partial=partial,
+            device=context.accelerator,
+            progress=lambda done, total, note: progress(done / max(total, 1), note),
+        )
+    )
+    save_checkpoint(
+        workspace.checkpoint(variant.name), model, variant=variant.name, key=key, meta=meta
+    )
+    partial.unlink(missing_ok=True)
+
+
+def deployed_form(model: ResNet) -> nn.Module:
+    """What is attacked and exported: batch norm folded, or the integer network."""
+    return fold(model) if model.spec.bits is None else integerise(model)
+
+
+def reference_form(model: ResNet) -> nn.Module:
+    """PyTorch's side of every comparison: the trained model itself, or the integer network.
+
+    A fake-quantised model's codes differ from any integer deployment's in a few places, so for
+    APoT the integer network is the model, and fake quantisation only how it was trained.
+    """
+    return model if model.spec.bits is None else integerise(model)

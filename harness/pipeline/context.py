@@ -1,0 +1,137 @@
+"""What every stage works with: the workspace, the data, the accelerator, the user's ear.
+
+Enters: a workspace and the command line's choices. Leaves: nothing on disk.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from harness.artefacts import sha256_file
+from harness.config import Config
+from harness.data.dataset import Dataset, load_dataset
+from harness.pipeline.tasks import Reporter, Silent
+from harness.records import EvaluationSet, UsageError
+from harness.store import Store, open_store
+from harness.workspace import Workspace
+
+EXAMPLE_IMAGES = 8
+"""Evaluation images kept in the store for the report's pictures."""
+CPU_THREADS = 2
+"""PyTorch threads unless the user says otherwise: the same number gives the same bits."""
+
+
+@dataclass
+class Context:
+    """One command's view of one workspace."""
+
+    workspace: Workspace
+    accelerator: torch.device
+    data_dir: Path | None = None
+    reporter: Reporter = field(default_factory=Silent)
+    _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        """The workspace's configuration."""
+        return self.workspace.config
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The data set in its roles, loaded once."""
+        config = self.config
+        return load_dataset(
+            config.dataset,
+            data_dir=self.data_dir,
+            attack_images=config.craft.attack_images,
+            evaluation_images=config.eval.images or None,
+            seed=config.seed,
+            progress=self.reporter.note,
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of every image."""
+        channels, height, width = self.data.evaluation.images.shape[1:]
+        return (channels, height, width)
+
+    @cached_property
+    def targets(self) -> tuple[int, ...]:
+        """Target classes of the targeted UAPs.
+
+        Raises:
+            UsageError: the configuration names a class that does not exist.
+        """
+        n_classes = len(self.data.classes)
+        wanted = self.config.craft.targets
+        if isinstance(wanted, str):
+            return tuple(range(n_classes))
+        for target in wanted:
+            if target >= n_classes:
+                raise UsageError(
+                    f"craft.targets names class {target}, but {self.data.name} has {n_classes}"
+                )
+        return wanted
+
+    def open_store(self) -> Store:
+        """The results store of the workspace, created if need be."""
+        return open_store(self.workspace.results, git_commit=git_commit())
+
+    def sha256(self, path: Path) -> str:
+        """Digest of a file, remembered until the file changes."""
+        stat = path.stat()
+        identity = (str(path), stat.st_mtime_ns, stat.st_size)
+        if identity not in self._hashes:
+            self._hashes[identity] = sha256_file(path)
+        return self._hashes[identity]
+
+    def evaluation_set(self) -> EvaluationSet:
+        """The record of what metrics are computed on."""
+        data = self.data
+        images = data.evaluation.images[:EXAMPLE_IMAGES]
+        return EvaluationSet(
+            sha256=data.digests["evaluation"],
+            dataset=data.name,
+            classes=data.classes,
+            labels=tuple(int(label) for label in data.evaluation.labels),
+            image_shape=self.image_shape,
+            examples=images.tobytes(),
+            note=data.note,
+        )
+
+
+def choose_accelerator(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a torch device; sets the number of CPU threads.
+
+    Raises:
+        UsageError: cuda was asked for and is not there.
+    """
+    torch.set_num_threads(CPU_THREADS)
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("no CUDA device here: use --accelerator cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with `+` when it has changes; None outside a clone."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],  # noqa: S607
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

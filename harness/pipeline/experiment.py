@@ -1,0 +1,147 @@
+"""The whole experiment as a list of tasks: what `harness run` runs and `harness plan` prints.
+
+Enters: a context. Leaves: tasks in dependency order. Single commands take the part they need.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from devices.model_file import check_model_file
+from devices.session import Device
+from harness.crafting.perturbation import load_perturbation
+from harness.pipeline.checkpoints import train_tasks
+from harness.pipeline.context import Context
+from harness.pipeline.evaluation import Victim, evaluate_task, latency_task, load_attack
+from harness.pipeline.exports import export_tasks
+from harness.pipeline.tasks import Task
+from harness.pipeline.uaps import (
+    control_names,
+    craft_tasks,
+    targeted_names,
+    transfer_name,
+    white_box_names,
+)
+from harness.records import CONTROLS, PAPER_ORDER, UsageError, variant_named
+from harness.workspace import UapName, parse_uap_name
+
+
+def ordered(names: list[str]) -> list[str]:
+    """Variant names without repeats, in the paper's order.
+
+    Raises:
+        UsageError: an unknown variant.
+    """
+    for name in names:
+        variant_named(name)
+    return [name for name in PAPER_ORDER if name in names]
+
+
+def all_uap_names(context: Context, variants: list[str]) -> list[UapName]:
+    """Every perturbation of the experiment, a source's after one another, controls first."""
+    names = control_names(context)
+    for source in variants:
+        names += white_box_names(context, source) + targeted_names(context, source)
+    return names
+
+
+def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list[UapName]:
+    """What one victim is attacked with: controls, its own UAPs, and every other source's one."""
+    names = control_names(context) + white_box_names(context, victim)
+    names += [transfer_name(context, source) for source in variants if source != victim]
+    return names + targeted_names(context, victim)
+
+
+def experiment_tasks(context: Context, variants: list[str], device: Device) -> list[Task]:
+    """Train, export, craft, attack and time the variants: everything but the report."""
+    tasks = train_tasks(context, variants)
+    tasks += export_tasks(context, variants)
+    tasks += craft_tasks(context, all_uap_names(context, variants))
+    for name in variants:
+        uaps = [context.workspace.uap(u) for u in victim_uap_names(context, name, variants)]
+        tasks.append(evaluate_task(context, variant_victim(context, name), uaps, device))
+    if context.config.latency.mode != "off" and not device.emulated:
+        victims = [variant_victim(context, name) for name in variants]
+        tasks.append(latency_task(context, victims, device))
+    return tasks
+
+
+def attack_tasks(
+    context: Context,
+    *,
+    variants: list[str],
+    onnx_files: list[Path],
+    uaps: list[str],
+    device: Device,
+) -> tuple[list[Task], list[Victim], list[Path]]:
+    """Attack some victims on a device with the UAPs the user named, building what is missing.
+
+    Returns:
+        (tasks, victims, UAP files in the order given).
+
+    Raises:
+        UsageError: a UAP that is missing and whose name is none of ours, or does not fit; a
+            model file that is not what the harness runs.
+    """
+    located = [locate_uap(context, text) for text in uaps]
+    names = [name for name, _ in located if name is not None]
+    for name, path in located:
+        if name is None:
+            load_attack(context, path)  # bad input is refused before anything is built
+    for path in onnx_files:
+        _check_onnx(context, path)
+    sources = [name.source for name in names if name.source not in CONTROLS]
+    tasks = train_tasks(context, [*variants, *sources])
+    tasks += export_tasks(context, variants) + craft_tasks(context, names)
+    victims = [variant_victim(context, name) for name in variants]
+    victims += [Victim(path.stem, path, None) for path in onnx_files]
+    paths = [path for _, path in located]
+    tasks += [evaluate_task(context, victim, paths, device) for victim in victims]
+    return tasks, victims, paths
+
+
+def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
+    """Where a `--uap` is: the current folder, then the workspace; else what is to be crafted.
+
+    Returns:
+        (name to craft, path), name None for a file that is taken as it is.
+
+    Raises:
+        UsageError: no such file, and not a name like cache/full_eps10.pt.
+    """
+    path = Path(text)
+    in_workspace = context.workspace.root / path
+    name = parse_uap_name(path)
+    ours = name is not None and (name.source in CONTROLS or name.source in PAPER_ORDER)
+    if path.exists() and path.resolve() != in_workspace.resolve():
+        return None, path
+    if ours and name is not None and not _foreign(in_workspace):
+        return name, in_workspace
+    if in_workspace.exists():
+        return None, in_workspace
+    raise UsageError(
+        f"no UAP file {text}, here or in {context.workspace.root}: a missing file is crafted when "
+        "it is called like cache/full_eps10.pt or cache/q4_eps10_t3.pt"
+    )
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file under one of our names was made elsewhere: used as it is, not rebuilt."""
+    return path.exists() and "key" not in load_perturbation(path).meta
+
+
+def variant_victim(context: Context, name: str) -> Victim:
+    """One of the paper's variants as a victim."""
+    workspace = context.workspace
+    return Victim(name, workspace.onnx(name), workspace.checkpoint(name))
+
+
+def _check_onnx(context: Context, path: Path) -> None:
+    if path.stem in PAPER_ORDER:
+        raise UsageError(f"{path} is called like a variant: rename it, so that rows stay apart")
+    model = check_model_file(path)
+    if model.image_shape != context.image_shape or model.classes != len(context.data.classes):
+        raise UsageError(
+            f"{path} takes images {list(model.image_shape)} of {model.classes} classes; "
+            f"{context.data.name} has {list(context.image_shape)} of {len(context.data.classes)}"
+        )

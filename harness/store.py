@@ -1,0 +1,404 @@
+"""The results store: one SQLite file (WAL) of raw observations. Metrics are derived elsewhere.
+
+Enters: frozen records of `harness.records`. Leaves: the same records, read back.
+This is the only module that opens the database. A run is written in one transaction, so that a
+reader never sees half of one and a killed writer loses only the run it was in.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from harness.records import (
+    CostCard,
+    EvaluationSet,
+    HarnessError,
+    LatencyProcess,
+    LatencyRun,
+    Machine,
+    ModelRecord,
+    PredictionRun,
+    Runtime,
+    UapRecord,
+)
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE evaluation_set (
+    sha256 TEXT PRIMARY KEY, dataset TEXT NOT NULL, classes TEXT NOT NULL, labels BLOB NOT NULL,
+    image_shape TEXT NOT NULL, examples BLOB NOT NULL, note TEXT NOT NULL);
+CREATE TABLE model (
+    sha256 TEXT PRIMARY KEY, variant TEXT NOT NULL, method TEXT NOT NULL, dataset TEXT NOT NULL,
+    preset TEXT NOT NULL, arch TEXT NOT NULL, width INTEGER NOT NULL, seed INTEGER NOT NULL,
+    cost TEXT NOT NULL, manifest TEXT NOT NULL, registered INTEGER NOT NULL);
+CREATE TABLE uap (
+    sha256 TEXT PRIMARY KEY, source TEXT NOT NULL, attack TEXT NOT NULL, protocol TEXT NOT NULL,
+    dataset TEXT NOT NULL, seed INTEGER NOT NULL, eps REAL NOT NULL, target INTEGER,
+    shape TEXT NOT NULL, delta BLOB NOT NULL, meta TEXT NOT NULL, registered INTEGER NOT NULL);
+CREATE TABLE prediction_run (
+    id INTEGER PRIMARY KEY, model_sha256 TEXT NOT NULL REFERENCES model,
+    evaluation_sha256 TEXT NOT NULL REFERENCES evaluation_set,
+    uap_sha256 TEXT REFERENCES uap,
+    device TEXT NOT NULL, emulated INTEGER NOT NULL, runtime TEXT NOT NULL, machine TEXT NOT NULL,
+    predictions BLOB NOT NULL, seconds REAL NOT NULL,
+    created_at TEXT NOT NULL, git_commit TEXT);
+CREATE INDEX prediction_by_model ON prediction_run (model_sha256, device, runtime);
+CREATE TABLE latency_run (
+    id INTEGER PRIMARY KEY, model_sha256 TEXT NOT NULL REFERENCES model,
+    device TEXT NOT NULL, emulated INTEGER NOT NULL, runtime TEXT NOT NULL, machine TEXT NOT NULL,
+    mode TEXT NOT NULL, threads INTEGER NOT NULL, processes TEXT NOT NULL,
+    created_at TEXT NOT NULL, git_commit TEXT);
+"""
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """A `PredictionRun` with what the store added when it was written."""
+
+    id: int
+    run: PredictionRun
+    created_at: str
+    git_commit: str | None
+
+
+@dataclass(frozen=True)
+class StoredLatency:
+    """A `LatencyRun` with what the store added when it was written."""
+
+    id: int
+    run: LatencyRun
+    created_at: str
+    git_commit: str | None
+
+
+class Store:
+    """The results of one workspace. Use `open_store`; close it, or use it as a context manager."""
+
+    def __init__(self, connection: sqlite3.Connection, *, git_commit: str | None = None) -> None:
+        self._db = connection
+        self._git_commit = git_commit
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database file."""
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._db:
+            yield self._db
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def add_evaluation_set(self, record: EvaluationSet) -> None:
+        """Register the images; the same set again changes nothing."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO evaluation_set VALUES (?,?,?,?,?,?,?)",
+                (
+                    record.sha256,
+                    record.dataset,
+                    json.dumps(record.classes),
+                    _pack_classes(record.labels),
+                    json.dumps(record.image_shape),
+                    record.examples,
+                    record.note,
+                ),
+            )
+
+    def add_model(self, record: ModelRecord) -> None:
+        """Register an exported model and make it the current one of its variant."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO model VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    record.sha256,
+                    record.variant,
+                    record.method,
+                    record.dataset,
+                    record.preset,
+                    record.arch,
+                    record.width,
+                    record.seed,
+                    json.dumps(asdict(record.cost)),
+                    json.dumps(record.manifest),
+                    self._next("model"),
+                ),
+            )
+
+    def add_uap(self, record: UapRecord) -> None:
+        """Register a perturbation and make it the current one of its name."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO uap VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    record.sha256,
+                    record.source,
+                    record.attack,
+                    record.protocol,
+                    record.dataset,
+                    record.seed,
+                    record.eps,
+                    record.target,
+                    json.dumps(record.shape),
+                    record.delta,
+                    json.dumps(record.meta),
+                    self._next("uap"),
+                ),
+            )
+
+    def add_prediction_runs(self, runs: list[PredictionRun]) -> None:
+        """Store complete runs, all or none."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT INTO prediction_run (model_sha256, evaluation_sha256, uap_sha256, device,"
+                " emulated, runtime, machine, predictions, seconds, created_at, git_commit)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                [
+                    (
+                        run.model_sha256,
+                        run.evaluation_sha256,
+                        run.uap_sha256,
+                        run.device,
+                        int(run.emulated),
+                        run.runtime,
+                        json.dumps(asdict(run.machine)),
+                        _pack_classes(run.predictions),
+                        run.seconds,
+                        _now(),
+                        self._git_commit,
+                    )
+                    for run in runs
+                ],
+            )
+
+    def add_latency_run(self, run: LatencyRun) -> None:
+        """Store one latency measurement, every raw sample of it."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO latency_run (model_sha256, device, emulated, runtime, machine, mode,"
+                " threads, processes, created_at, git_commit) VALUES (?,?,?,?,?,?,?,?,?,?)",
+                (
+                    run.model_sha256,
+                    run.device,
+                    int(run.emulated),
+                    run.runtime,
+                    json.dumps(asdict(run.machine)),
+                    run.mode,
+                    run.threads,
+                    json.dumps([asdict(process) for process in run.processes]),
+                    _now(),
+                    self._git_commit,
+                ),
+            )
+
+    def _next(self, table: Literal["model", "uap"]) -> int:
+        query = f"SELECT coalesce(max(registered), 0) + 1 FROM {table}"  # noqa: S608 - two literals
+        return int(self._db.execute(query).fetchone()[0])
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """Every evaluation set, by sha256."""
+        return {
+            row["sha256"]: EvaluationSet(
+                sha256=row["sha256"],
+                dataset=row["dataset"],
+                classes=tuple(json.loads(row["classes"])),
+                labels=_unpack_classes(row["labels"]),
+                image_shape=_shape(row["image_shape"]),
+                examples=row["examples"],
+                note=row["note"],
+            )
+            for row in self._db.execute("SELECT * FROM evaluation_set")
+        }
+
+    def models(self, *, current_only: bool = True) -> dict[str, ModelRecord]:
+        """Models by sha256; by default only the one registered last for each variant."""
+        query = "SELECT * FROM model ORDER BY registered"
+        records = [_model(row) for row in self._db.execute(query)]
+        if current_only:
+            records = list({record.variant: record for record in records}.values())
+        return {record.sha256: record for record in records}
+
+    def uaps(self, *, current_only: bool = True) -> dict[str, UapRecord]:
+        """Perturbations by sha256; by default the last registered of each (source, eps, ...)."""
+        records = [_uap(row) for row in self._db.execute("SELECT * FROM uap ORDER BY registered")]
+        if current_only:
+            latest = {
+                (u.source, u.attack, u.protocol, u.dataset, u.seed, u.eps, u.target): u
+                for u in records
+            }
+            records = list(latest.values())
+        return {record.sha256: record for record in records}
+
+    def predictions(self) -> list[StoredPrediction]:
+        """Every prediction run, oldest first."""
+        return [
+            StoredPrediction(
+                id=row["id"],
+                run=PredictionRun(
+                    model_sha256=row["model_sha256"],
+                    evaluation_sha256=row["evaluation_sha256"],
+                    uap_sha256=row["uap_sha256"],
+                    device=row["device"],
+                    emulated=bool(row["emulated"]),
+                    runtime=cast(Runtime, row["runtime"]),
+                    machine=Machine(**json.loads(row["machine"])),
+                    predictions=_unpack_classes(row["predictions"]),
+                    seconds=row["seconds"],
+                ),
+                created_at=row["created_at"],
+                git_commit=row["git_commit"],
+            )
+            for row in self._db.execute("SELECT * FROM prediction_run ORDER BY id")
+        ]
+
+    def has_prediction(
+        self,
+        *,
+        model_sha256: str,
+        evaluation_sha256: str,
+        uap_sha256: str | None,
+        device: str,
+        runtime: Runtime,
+        runtime_version: str,
+    ) -> bool:
+        """Whether this very evaluation is stored already, by the same runtime version."""
+        rows = self._db.execute(
+            "SELECT machine FROM prediction_run WHERE model_sha256 = ? AND evaluation_sha256 = ?"
+            " AND uap_sha256 IS ? AND device = ? AND runtime = ?",
+            (model_sha256, evaluation_sha256, uap_sha256, device, runtime),
+        )
+        return any(json.loads(row["machine"])["runtime_version"] == runtime_version for row in rows)
+
+    def latencies(self) -> list[StoredLatency]:
+        """Every latency run, oldest first."""
+        return [
+            StoredLatency(
+                id=row["id"],
+                run=LatencyRun(
+                    model_sha256=row["model_sha256"],
+                    device=row["device"],
+                    emulated=bool(row["emulated"]),
+                    runtime=cast(Runtime, row["runtime"]),
+                    machine=Machine(**json.loads(row["machine"])),
+                    mode=row["mode"],
+                    threads=row["threads"],
+                    processes=tuple(_process(p) for p in json.loads(row["processes"])),
+                ),
+                created_at=row["created_at"],
+                git_commit=row["git_commit"],
+            )
+            for row in self._db.execute("SELECT * FROM latency_run ORDER BY id")
+        ]
+
+
+def open_store(path: Path, *, create: bool = True, git_commit: str | None = None) -> Store:
+    """Open the store at `path`, creating it unless told not to.
+
+    Raises:
+        HarnessError: no such file (with `create=False`), not a results store, or one written by
+            a newer version.
+    """
+    if not create and not path.exists():
+        raise HarnessError(f"no results at {path}: run `harness attack-device` or `harness run`")
+    try:
+        # Autocommit off by hand: every write goes through `with connection`.
+        connection = sqlite3.connect(path, timeout=30)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            with connection:
+                connection.executescript(
+                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                )
+    except sqlite3.Error as error:
+        raise HarnessError(
+            f"cannot open {path} as a results store ({error}): move it away and run again"
+        ) from None
+    if version > SCHEMA_VERSION:
+        connection.close()
+        raise HarnessError(f"{path} was written by a newer harness (schema {version}): upgrade")
+    return Store(connection, git_commit=git_commit)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _pack_classes(values: tuple[int, ...]) -> bytes:
+    """Class indices as little-endian uint16; -1 (no label) is not representable on purpose."""
+    packed = array("H", values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _unpack_classes(blob: bytes) -> tuple[int, ...]:
+    packed = array("H")
+    packed.frombytes(blob)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return tuple(packed)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    channels, height, width = json.loads(text)
+    return (channels, height, width)
+
+
+def _model(row: sqlite3.Row) -> ModelRecord:
+    cost: dict[str, Any] = json.loads(row["cost"])
+    cost["layers"] = tuple(cost["layers"])
+    return ModelRecord(
+        sha256=row["sha256"],
+        variant=row["variant"],
+        method=row["method"],
+        dataset=row["dataset"],
+        preset=row["preset"],
+        arch=row["arch"],
+        width=row["width"],
+        seed=row["seed"],
+        cost=CostCard(**cost),
+        manifest=json.loads(row["manifest"]),
+    )
+
+
+def _uap(row: sqlite3.Row) -> UapRecord:
+    return UapRecord(
+        sha256=row["sha256"],
+        source=row["source"],
+        attack=row["attack"],
+        protocol=row["protocol"],
+        dataset=row["dataset"],
+        seed=row["seed"],
+        eps=row["eps"],
+        target=row["target"],
+        shape=_shape(row["shape"]),
+        delta=row["delta"],
+        meta=json.loads(row["meta"]),
+    )
+
+
+def _process(values: dict[str, Any]) -> LatencyProcess:
+    for name in ("warmup_ns", "samples_ns", "telemetry"):
+        values[name] = tuple(values[name])
+    return LatencyProcess(**values)

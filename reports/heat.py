@@ -1,0 +1,87 @@
+"""Figure 2: the transfer matrix as coloured cells of a real table, readable by eye and by machine.
+
+Enters: a `View`. Leaves: a `HeatMap` of formatted cells and its caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.records import CONTROLS
+from reports import words
+from reports.tables import transfer_matrix
+from reports.view import View
+from reports.words import label_of, percent
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """A number on its colour; `own` marks white-box."""
+
+    text: str
+    background: str
+    dark: bool
+    own: bool
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Victims down, sources across; empty `rows` when nothing was attacked."""
+
+    caption: str
+    sources: tuple[str, ...] = ()
+    crafted: int = 0
+    """How many of the sources are variants; controls follow them."""
+    rows: tuple[tuple[str, tuple[HeatCell, ...]], ...] = ()
+
+
+_RAMP = ((253, 246, 236), (250, 205, 160), (235, 128, 107), (176, 54, 107), (84, 22, 92))
+"""Light to dark, so that it also reads in grey and without red-green vision."""
+
+
+def heat_colour(value: float) -> tuple[str, bool]:
+    """(CSS colour, whether light text is needed on it) of a fraction."""
+    place = min(max(value, 0.0), 1.0) * (len(_RAMP) - 1)
+    step = min(int(place), len(_RAMP) - 2)
+    part = place - step
+    rgb = [round(a + part * (b - a)) for a, b in zip(_RAMP[step], _RAMP[step + 1], strict=True)]
+    luminance = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+    return "#{:02x}{:02x}{:02x}".format(*rgb), luminance < 140
+
+
+def heat_map(view: View) -> HeatMap:
+    """Figure 2: UER of every source's perturbation on every victim."""
+    sources, matrix = transfer_matrix(view)
+    crafted = [s for s in sources if s not in CONTROLS]
+    if not crafted:
+        return HeatMap("No crafted perturbation was applied to any variant.")
+    rows = tuple(
+        (
+            label_of(victim),
+            tuple(
+                _heat_cell(uer, own=source == victim)
+                for source, uer in zip(sources, uers, strict=True)
+            ),
+        )
+        for victim, uers in matrix
+    )
+    own: list[float] = []
+    other: list[float] = []
+    for victim, uers in matrix:
+        for source, uer in zip(sources, uers, strict=True):
+            if uer is not None and source in crafted:
+                (own if source == victim else other).append(uer)
+    text = "Each row is a model under attack, each column a source. "
+    if not other:
+        text += "No perturbation was applied to a variant other than its own source."
+    else:
+        text += f"Transferred perturbations reach {percent(sum(other) / len(other))} UER on average"
+        text += f" against {percent(sum(own) / len(own))} white-box (outlined)." if own else "."
+    return HeatMap(text, tuple(label_of(s) for s in sources), len(crafted), rows)
+
+
+def _heat_cell(uer: float | None, *, own: bool) -> HeatCell:
+    if uer is None:
+        return HeatCell(words.DASH, "transparent", dark=False, own=own)
+    colour, dark = heat_colour(uer)
+    return HeatCell(f"{100 * uer:.0f}", colour, dark, own)

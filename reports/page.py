@@ -1,0 +1,151 @@
+"""The page: everything the report says, poured into one self-contained HTML file.
+
+Enters: a `View`. Leaves: HTML text. Every string goes through Jinja's escaping; only the drawings
+of `reports.figures`, whose text matplotlib escapes, are passed as markup.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from reports import method, panels
+from reports.heat import heat_map
+from reports.inference import ALPHA, GapRow, deployment_gaps
+from reports.method import TextTable
+from reports.pictures import gallery
+from reports.tradeoff import VERDICT_MARKS, tradeoff_table
+from reports.verdicts import conclusions, headline
+from reports.view import View
+from reports.words import clean_text, epsilon, listed, p_value, percent, plural, points
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+SECTIONS = (
+    ("answer", "The answer"),
+    ("conclude", "What to conclude"),
+    ("curves", "Strength of attack"),
+    ("transfer", "Transfer"),
+    ("targeted", "Targeted attacks"),
+    ("pictures", "The perturbations"),
+    ("gap", "Deployment gap"),
+    ("method", "How it was measured"),
+)
+
+
+def html_text(view: View) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("report.html")
+    return template.render(
+        sections=SECTIONS,
+        headline=headline(view),
+        chips=_chips(view),
+        table=tradeoff_table(view),
+        marks=[(mark, verdict.lower()) for verdict, mark in VERDICT_MARKS.items()],
+        pareto=panels.pareto(view),
+        groups=conclusions(view),
+        curves=panels.curves(view),
+        heat=heat_map(view),
+        bars=panels.bars(view),
+        gallery=gallery(view),
+        reference=epsilon(view.reference_eps) if view.reference_eps is not None else "",
+        gap=_gap_table(view),
+        gap_text=_gap_text(view),
+        devices=method.device_comparison(view),
+        facts=method.facts(view),
+        machines=method.machines(view),
+        latencies=method.latencies(view),
+        compression=method.compression(view),
+        commands=method.commands(view),
+        definitions=method.DEFINITIONS,
+        notes=view.notes,
+        dataset=clean_text(view.evaluation.dataset),
+        device=view.device.label,
+    )
+
+
+def _chips(view: View) -> list[tuple[str, str]]:
+    """The facts a reader needs before the first number."""
+    found = [
+        ("data set", clean_text(view.evaluation.dataset)),
+        ("images", f"{len(view.evaluation.labels):,}"),
+        ("device", view.device.label),
+        ("runtime", "onnxruntime"),
+        ("models", str(len(view.variants))),
+    ]
+    if view.reference_eps is not None:
+        found.append(("reference budget", epsilon(view.reference_eps)))
+    if view.craft is not None:
+        found.append(("protocol", clean_text(view.craft[0])))
+    return found
+
+
+def _gap_table(view: View) -> TextTable | None:
+    rows = deployment_gaps(view)
+    if not rows:
+        return None
+    head = (
+        "Variant", "Agreement, clean", "Agreement, attacked", "Images that differ",
+        "UER PyTorch", "UER device", "Gap, points", "Paired test",
+    )  # fmt: skip
+    return TextTable(head, tuple(_gap_cells(row) for row in rows))
+
+
+def _gap_cells(row: GapRow) -> tuple[str, ...]:
+    verdict = p_value(row.p) if row.p < ALPHA else f"no difference shown ({p_value(row.p)})"
+    return (
+        row.variant.label,
+        percent(row.clean_agreement),
+        percent(row.attacked_agreement),
+        f"{row.disagreements:,} of {row.n:,}",
+        percent(row.torch_uer),
+        percent(row.uer),
+        points(row.gap),
+        _identical(row.n) if row.disagreements == 0 else verdict,
+    )
+
+
+def _identical(n: int) -> str:
+    """No disagreement seen bounds their rate (exact, one-sided): (1 - p)^n = alpha."""
+    return f"identical; at most {percent(1 - ALPHA ** (1 / n))} can differ"
+
+
+def _gap_text(view: View) -> str:
+    rows = deployment_gaps(view)
+    if not rows:
+        return (
+            "PyTorch was not run on the same images, so the gap between the trained model and the"
+            " deployed file is unknown."
+        )
+    same = [row.variant.label for row in rows if row.disagreements == 0]
+    shown = [row.variant.label for row in rows if row.p < ALPHA]
+    widest = max(rows, key=lambda row: row.disagreements)
+    text = (
+        f"PyTorch and {view.device.label} ran on the same 8-bit images under each variant\u2019s"
+        f" own perturbation. "
+    )
+    if len(same) == len(rows):
+        return text + (
+            f"All {plural(len(rows), 'variant')} predict exactly the same classes: what was"
+            " attacked is what was deployed."
+        )
+    text += (
+        f"{listed(shown)} {'has' if len(shown) == 1 else 'have'} a UER shown to differ."
+        if shown
+        else "No variant\u2019s UER is shown to differ."
+    )
+    if same:
+        text += f" {listed(same)} {'predicts' if len(same) == 1 else 'predict'} identically."
+    return text + (
+        f" The largest disagreement is {widest.variant.label}\u2019s:"
+        f" {widest.disagreements:,} of {plural(widest.n, 'image')}."
+    )

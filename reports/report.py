@@ -1,0 +1,77 @@
+"""`write_report`: the store in, five files out.
+
+Enters: an open `Store` and a folder. Leaves: `index.html`, `results.csv`, `results.json`,
+`report.md`, `tables.tex`, each written whole or not at all. The same store gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.records import HarnessError
+from harness.store import Store
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where the files of a report are."""
+
+    html: Path
+    csv: Path
+    json: Path
+    markdown: Path
+    latex: Path
+
+
+def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> ReportPaths:
+    """Write the report of everything in `store` into `out_dir`, creating it.
+
+    The headline is about `device`; by default `local`, else the device with most rows.
+
+    Raises:
+        HarnessError: no results yet, none of that device, or the folder cannot be written.
+    """
+    # matplotlib and jinja2 wait until there is something to draw.
+    from reports import page, tables
+    from reports.selection import build_view
+
+    view = build_view(store, device=device)
+    paths = ReportPaths(
+        html=out_dir / "index.html",
+        csv=out_dir / "results.csv",
+        json=out_dir / "results.json",
+        markdown=out_dir / "report.md",
+        latex=out_dir / "tables.tex",
+    )
+    texts = {
+        paths.csv: tables.csv_text(view.rows),
+        paths.json: tables.json_text(view.rows),
+        paths.markdown: tables.markdown_text(view),
+        paths.latex: tables.latex_text(view),
+        paths.html: page.html_text(view),  # last: who sees the page finds what lies beside it
+    }
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            _write(path, text)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise HarnessError(
+            f"cannot write the report to {out_dir} ({reason}): give a folder you can write"
+        ) from None
+    return paths
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace `path` in one step: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,232 @@
+"""Which rows of a store the report talks about: decided here, once.
+
+Enters: an open `Store`. Leaves: a `View`. A store may hold several devices, evaluation sets,
+attacks and seeds; what is set aside is kept in `View.notes` so that the report can say so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+from harness.metrics import Latency
+from harness.records import CONTROLS, HarnessError, Machine, ModelRecord, ResultRow
+from harness.results import latest_latencies, result_rows
+from harness.store import Store
+from reports.view import Craft, DeviceId, RunKey, VariantView, View
+from reports.words import listed, paper_rank, plural
+
+REFERENCE_EPS = 10.0
+DEPLOYED = "onnxruntime"
+
+Value = TypeVar("Value", str, Craft)
+
+
+def build_view(store: Store, *, device: str | None = None) -> View:
+    """Choose the headline device, evaluation set and crafting run, and gather their numbers.
+
+    Raises:
+        HarnessError: no deployed results at all, or none on `device`.
+    """
+    rows = result_rows(store)
+    deployed = [row for row in rows if row.runtime == DEPLOYED]
+    if not deployed:
+        raise HarnessError(
+            "no results of exported models in the store: run `harness attack-device --device"
+            " local` (or `harness run`) first"
+        )
+    chosen = _headline_device(deployed, device)
+    here = [row for row in deployed if _device(row) == chosen]
+    evaluation_sha = _most_common([row.evaluation_sha256 for row in here])
+    on_set = [row for row in deployed if row.evaluation_sha256 == evaluation_sha]
+    here = [row for row in on_set if _device(row) == chosen]
+    craft = _headline_craft(here)
+    reference = _reference_eps(here, craft)
+    targeted_eps = _targeted_eps(here, craft, reference)
+    kept = [row for row in on_set if _in_headline(row, craft)]
+    models, timings = store.models(), latest_latencies(store)
+    devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
+    by_device = {
+        place: _variants(
+            [row for row in kept if _device(row) == place],
+            models,
+            {} if place.emulated else timings,
+            reference=reference,
+            targeted_eps=targeted_eps,
+        )
+        for place in devices
+    }
+    predicted: dict[RunKey, tuple[int, ...]] = {}
+    machines: dict[tuple[DeviceId, str], Machine] = {}
+    for stored in store.predictions():
+        run = stored.run
+        if run.evaluation_sha256 == evaluation_sha and run.model_sha256 in models:
+            key = (run.model_sha256, run.uap_sha256, run.device, run.emulated, run.runtime)
+            predicted[key] = run.predictions
+            machines[DeviceId(run.device, run.emulated), run.runtime] = run.machine
+    return View(
+        device=chosen,
+        devices=devices,
+        evaluation=store.evaluation_sets()[evaluation_sha],
+        variants=by_device[chosen],
+        by_device=by_device,
+        reference_eps=reference,
+        targeted_eps=targeted_eps,
+        craft=craft,
+        rows=tuple(rows),
+        uaps=store.uaps(),
+        predicted=predicted,
+        machines=tuple((*key, machine) for key, machine in sorted(machines.items(), key=_first)),
+        whitebox_seeds=_seed_spread(here, craft, reference),
+        notes=_notes(deployed, on_set, kept, here),
+    )
+
+
+def _variants(
+    rows: list[ResultRow],
+    models: dict[str, ModelRecord],
+    timings: dict[tuple[str, str, str], tuple[str, Latency]],
+    *,
+    reference: float | None,
+    targeted_eps: float | None,
+) -> tuple[VariantView, ...]:
+    views = []
+    for name in sorted({row.variant for row in rows}, key=paper_rank):
+        own = [row for row in rows if row.variant == name]
+        unique: dict[tuple[str, float], ResultRow] = {}
+        for row in own:
+            if row.uap_source is not None and row.target is None:
+                # A control drawn with several seeds: the lowest one stands for it.
+                unique.setdefault((row.uap_source, row.eps or 0.0), row)
+        attacks = sorted(
+            unique.values(), key=lambda row: (paper_rank(row.uap_source or ""), row.eps or 0.0)
+        )
+        agreements = [row.torch_agreement for row in own if row.torch_agreement is not None]
+        first = own[0]
+        views.append(
+            VariantView(
+                name=name,
+                model=models[first.model_sha256],
+                clean=next((row for row in own if row.uap_sha256 is None), None),
+                curve=tuple(row for row in attacks if row.uap_source == name),
+                controls={
+                    control: tuple(row for row in attacks if row.uap_source == control)
+                    for control in CONTROLS
+                },
+                attacked={row.uap_source or "": row for row in attacks if row.eps == reference},
+                targeted={
+                    row.target: row
+                    for row in sorted(own, key=lambda row: row.target or 0)
+                    if row.target is not None and row.uap_source == name and row.eps == targeted_eps
+                },
+                any_row=first,
+                timing=timings.get((first.model_sha256, first.device, DEPLOYED)),
+                lowest_agreement=min(agreements, default=None),
+            )
+        )
+    return tuple(views)
+
+
+def _headline_device(rows: list[ResultRow], device: str | None) -> DeviceId:
+    places = Counter(_device(row) for row in rows)
+    if device is not None:
+        matching = [place for place in places if place.name == device]
+        if not matching:
+            known = ", ".join(sorted({place.name for place in places}))
+            raise HarnessError(
+                f"no results from device {device!r}: choose from {known}, or run"
+                f" `harness attack-device --device {device}`"
+            )
+        return min(matching)  # a real board before its emulation
+    local = DeviceId("local", emulated=False)
+    if local in places:
+        return local
+    return min(places, key=lambda place: (-places[place], place))
+
+
+def _headline_craft(rows: list[ResultRow]) -> Craft | None:
+    """The (protocol, attack, seed) with most untargeted rows; the lowest where they tie."""
+    crafts = [c for row in rows if row.target is None and (c := _craft(row)) is not None]
+    crafts = crafts or [c for row in rows if (c := _craft(row)) is not None]
+    return _most_common(crafts) if crafts else None
+
+
+def _craft(row: ResultRow) -> Craft | None:
+    if row.uap_source is None or row.uap_source in CONTROLS:
+        return None
+    return row.protocol or "", row.attack or "", row.seed or 0
+
+
+def _in_headline(row: ResultRow, craft: Craft | None) -> bool:
+    own = _craft(row)
+    return own is None or own == craft
+
+
+def _reference_eps(rows: list[ResultRow], craft: Craft | None) -> float | None:
+    """10/255 when something was attacked there, else the largest budget there is."""
+    untargeted = [row for row in rows if row.target is None and row.eps is not None]
+    crafted = [row for row in untargeted if _craft(row) == craft and craft is not None]
+    budgets = {row.eps for row in crafted or untargeted if row.eps is not None}
+    return REFERENCE_EPS if REFERENCE_EPS in budgets else max(budgets, default=None)
+
+
+def _targeted_eps(
+    rows: list[ResultRow], craft: Craft | None, reference: float | None
+) -> float | None:
+    budgets = Counter(
+        row.eps
+        for row in rows
+        if row.target is not None and row.uap_source == row.variant and _in_headline(row, craft)
+    )
+    return max(
+        (eps for eps in budgets if eps is not None),
+        key=lambda eps: (budgets[eps], eps == reference, eps),
+        default=None,
+    )
+
+
+def _seed_spread(
+    rows: list[ResultRow], craft: Craft | None, reference: float | None
+) -> dict[str, tuple[float, ...]]:
+    spread: dict[str, list[float]] = {}
+    for row in rows:
+        same_attack = craft is not None and (row.protocol, row.attack) == craft[:2]
+        white_box = row.uap_source == row.variant and row.target is None
+        if same_attack and white_box and row.eps == reference and row.uer is not None:
+            spread.setdefault(row.variant, []).append(row.uer)
+    return {name: tuple(sorted(v)) for name, v in spread.items() if len(v) > 1}
+
+
+def _notes(
+    deployed: list[ResultRow],
+    on_set: list[ResultRow],
+    kept: list[ResultRow],
+    here: list[ResultRow],
+) -> tuple[str, ...]:
+    notes = []
+    if other := len(deployed) - len(on_set):
+        notes.append(f"{plural(other, 'row')} of other evaluation sets")
+    if other := len(on_set) - len(kept):
+        notes.append(f"{plural(other, 'row')} of other protocols, attacks or crafting seeds")
+    said = [f"{listed(notes)} are in results.csv and are not drawn here."] if notes else []
+    presets = sorted({f"{row.dataset}/{row.preset}" for row in here})
+    if len(presets) > 1:
+        said.append(
+            f"The models come from different experiments ({listed(presets)}): compare with care."
+        )
+    return tuple(said)
+
+
+def _device(row: ResultRow) -> DeviceId:
+    return DeviceId(row.device, row.emulated)
+
+
+def _first(item: tuple[tuple[DeviceId, str], Machine]) -> tuple[DeviceId, str]:
+    return item[0]
+
+
+def _most_common(values: Sequence[Value]) -> Value:
+    """The value that occurs most; of those that tie, the smallest."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))

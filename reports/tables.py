@@ -1,0 +1,197 @@
+"""The files beside the page: CSV, JSON, Markdown, LaTeX.
+
+Enters: a `View` and its sentences. Leaves: text. CSV and JSON hold every row of the store with
+full precision; Markdown and LaTeX hold the tables a person copies.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+from harness.records import ResultRow
+from harness.results import as_json
+from reports.advice import latency_caveat
+from reports.masking import Sentence
+from reports.tradeoff import Cell, Table, tradeoff_table
+from reports.verdicts import conclusions, headline
+from reports.view import View
+from reports.words import DASH, clean_text, epsilon, label_of, paper_rank, percent
+
+Escape = Callable[[str], str]
+COLUMNS = tuple(field.name for field in fields(ResultRow))
+
+
+def csv_text(rows: Sequence[ResultRow]) -> str:
+    """Every field of every row; absent is an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(as_json(row) for row in rows)
+    return buffer.getvalue()
+
+
+def json_text(rows: Sequence[ResultRow]) -> str:
+    """The array `harness results --json` prints."""
+    return json.dumps([as_json(row) for row in rows], indent=1) + "\n"
+
+
+def transfer_matrix(view: View) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """(sources, [(victim, UER per source)]) at the reference eps, controls last."""
+    sources = sorted({s for v in view.variants for s in v.attacked}, key=paper_rank)
+    return sources, [
+        (v.name, [v.attacked[s].uer if s in v.attacked else None for s in sources])
+        for v in view.variants
+    ]
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown prints as it is, also inside a table."""
+    for mark in "\\`*_{}[]<>#|!":
+        text = text.replace(mark, "\\" + mark)
+    return text
+
+
+def markdown_text(view: View) -> str:
+    """The page's words and tables, without its pictures."""
+    parts = ["# Robustness of compressed models on the device", escape_markdown(headline(view))]
+    parts += ["## Trade-off", _markdown_table(tradeoff_table(view))]
+    for group in conclusions(view):
+        lines = "\n".join(f"- {_bullet(sentence)}" for sentence in group.sentences)
+        parts += [f"## {escape_markdown(group.title)}", lines]
+    sources, matrix = transfer_matrix(view)
+    if sources and view.reference_eps is not None:
+        head = ["Victim \\\\ source", *(escape_markdown(label_of(s)) for s in sources)]
+        body = [
+            [escape_markdown(label_of(victim)), *(percent(u, unit=False) for u in uers)]
+            for victim, uers in matrix
+        ]
+        parts += [f"## Transfer: UER at {epsilon(view.reference_eps)}, %", _pipes(head, body)]
+    parts += [escape_markdown(note) for note in view.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullet(sentence: Sentence) -> str:
+    lead = f"**{escape_markdown(sentence.lead)}.** " if sentence.lead else ""
+    return lead + escape_markdown(sentence.text)
+
+
+def _markdown_table(table: Table) -> str:
+    head = ["Variant"]
+    for column in table.columns:
+        title = f"{column.group.split(' (')[0]}: {column.title}".replace("\u00ad", "")
+        head.append(escape_markdown(title + (f" ({column.note})" if column.note else "")))
+    body = [
+        [escape_markdown(row.label), *(_plain(cell, escape_markdown) for cell in row.cells)]
+        for row in table.rows
+    ]
+    return _pipes(head, body)
+
+
+def _plain(cell: Cell, escape: Escape) -> str:
+    return escape(cell.text + (f" ({cell.sub})" if cell.sub else ""))
+
+
+def _pipes(head: list[str], body: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+
+
+# --- LaTeX ---------------------------------------------------------------------------------------
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "\u00a0": "~",
+    "\u00ad": r"\-",
+    "\u2013": "--",
+    "\u2212": "$-$",
+    "\u2019": "'",
+    "\u2026": r"\dots{}",
+    "\u03b5": r"$\varepsilon$",
+    "\u2713": r"(valid)",
+    "\u2248": r"$\approx$",
+    "\u2717": r"$\times$",
+}
+
+
+def escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex_text(view: View) -> str:
+    """Two booktabs tables: the trade-off and the transfer matrix. Needs graphicx and booktabs."""
+    table = tradeoff_table(view)
+    caption = f"Robustness and cost on {view.device.label}, {clean_text(view.evaluation.dataset)}."
+    if caveat := latency_caveat(view):
+        caption += f" Latency: {caveat}."
+    head = " & ".join(["Variant", *(escape_latex(column.title) for column in table.columns)])
+    groups, rules, start = [""], [], 2
+    for title, span in table.groups:
+        groups.append(rf"\multicolumn{{{span}}}{{c}}{{{escape_latex(title)}}}")
+        rules.append(rf"\cmidrule(lr){{{start}-{start + span - 1}}}")
+        start += span
+    body = []
+    for row in table.rows:
+        cells = [_bold(cell) for cell in row.cells]
+        body.append(" & ".join([escape_latex(row.label), *cells]) + r" \\")
+    text = _float(
+        caption,
+        "tab:tradeoff",
+        "l" + "r" * len(table.columns),
+        [" & ".join(groups) + r" \\", "".join(rules), head + r" \\"],
+        body,
+    )
+    sources, matrix = transfer_matrix(view)
+    if sources and view.reference_eps is not None:
+        head = " & ".join(["Victim", *(escape_latex(label_of(s)) for s in sources)])
+        body = [
+            " & ".join([escape_latex(label_of(v)), *(percent(u, unit=False) for u in uers)])
+            .replace(DASH, "--") + r" \\"
+            for v, uers in matrix
+        ]  # fmt: skip
+        caption = f"UER in % of each source's perturbation at {epsilon(view.reference_eps)}."
+        text += "\n" + _float(
+            caption, "tab:transfer", "l" + "r" * len(sources), [head + r" \\"], body
+        )
+    return "% Written by `harness report`; needs booktabs and graphicx.\n" + text
+
+
+def _bold(cell: Cell) -> str:
+    text = escape_latex(cell.text)
+    return rf"\textbf{{{text}}}" if cell.best else text
+
+
+def _float(caption: str, label: str, columns: str, head: list[str], body: list[str]) -> str:
+    lines = [
+        r"\begin{table}[t]",
+        r"\centering",
+        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\label{{{label}}}",
+        r"\resizebox{\linewidth}{!}{%",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        *head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,155 @@
+"""The view model: what the report is about, as frozen numbers; no words, no markup.
+
+`reports.selection` builds it from a store. Enters and leaves: records of `harness.records`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.metrics import Latency
+from harness.records import CONTROLS, EvaluationSet, Machine, ModelRecord, ResultRow, UapRecord
+from reports.words import label_of
+
+Craft = tuple[str, str, int]
+"""(protocol, attack, seed) of a crafted perturbation."""
+RunKey = tuple[str, str | None, str, bool, str]
+"""(model, uap, device, emulated, runtime) on the headline evaluation set."""
+Wrong = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, order=True)
+class DeviceId:
+    """Where rows were measured: an emulated board is another place than the board."""
+
+    name: str
+    emulated: bool
+
+    @property
+    def label(self) -> str:
+        return label_of(self.name) + (" (emulated)" if self.emulated else "")
+
+
+@dataclass(frozen=True)
+class VariantView:
+    """Everything measured of one variant on the headline device, deployed runtime."""
+
+    name: str
+    model: ModelRecord
+    clean: ResultRow | None
+    curve: tuple[ResultRow, ...]
+    """White-box untargeted rows, by eps."""
+    controls: dict[str, tuple[ResultRow, ...]]
+    """Control -> its rows by eps."""
+    attacked: dict[str, ResultRow]
+    """Source -> the untargeted row at the reference eps; controls and the variant itself too."""
+    targeted: dict[int, ResultRow]
+    """Target class -> white-box targeted row."""
+    any_row: ResultRow
+    """Cost and latency are the same on each of its rows: this is one of them."""
+    timing: tuple[str, Latency] | None
+    lowest_agreement: float | None
+    """Lowest agreement with PyTorch over clean and attacked images."""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.name)
+
+    @property
+    def method(self) -> str:
+        return self.model.method
+
+    @property
+    def white_box(self) -> ResultRow | None:
+        return self.attacked.get(self.name)
+
+    @property
+    def transfers(self) -> list[ResultRow]:
+        """Rows under perturbations crafted on other variants."""
+        return [r for s, r in self.attacked.items() if s != self.name and s not in CONTROLS]
+
+    @property
+    def worst_transfer(self) -> ResultRow | None:
+        return max(self.transfers, key=_uer, default=None)
+
+    @property
+    def worst(self) -> ResultRow | None:
+        """The row of the perturbation, of whatever source, under which it errs most."""
+        return max(self.attacked.values(), key=_uer, default=None)
+
+    @property
+    def mean_tsr(self) -> float | None:
+        rates = [row.tsr for row in self.targeted.values() if row.tsr is not None]
+        return sum(rates) / len(rates) if rates else None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the report is about."""
+
+    device: DeviceId
+    devices: tuple[DeviceId, ...]
+    """Every device with deployed rows on the headline evaluation set; the headline's own first."""
+    evaluation: EvaluationSet
+    variants: tuple[VariantView, ...]
+    by_device: dict[DeviceId, tuple[VariantView, ...]]
+    reference_eps: float | None
+    targeted_eps: float | None
+    craft: Craft | None
+    rows: tuple[ResultRow, ...]
+    """Every row of the store, as exported beside the page."""
+    uaps: dict[str, UapRecord]
+    predicted: dict[RunKey, tuple[int, ...]]
+    machines: tuple[tuple[DeviceId, str, Machine], ...]
+    whitebox_seeds: dict[str, tuple[float, ...]]
+    """Variant -> white-box UER at the reference eps, one per crafting seed, when there are more."""
+    notes: tuple[str, ...]
+
+    @property
+    def full(self) -> VariantView | None:
+        return next((v for v in self.variants if v.name == "full"), None)
+
+    def comparable(self, variant: VariantView) -> bool:
+        """Whether its worst case stands beside the others'.
+
+        It does when it faced the same perturbations as Full, or as many, its own among them: a
+        worst case over fewer attacks looks better for no merit of the model.
+        """
+        base = self.full
+        if base is None or not base.attacked:
+            base = max(self.variants, key=lambda v: len(v.attacked))
+        if variant.attacked.keys() == base.attacked.keys():
+            return bool(variant.attacked)
+        own = variant.white_box is not None and base.white_box is not None
+        return own and len(variant.attacked) == len(base.attacked)
+
+    @property
+    def set_apart(self) -> list[VariantView]:
+        """Attacked variants whose worst case does not compare."""
+        return [v for v in self.variants if v.attacked and not self.comparable(v)]
+
+    def predictions(
+        self, row: ResultRow, *, runtime: str | None = None
+    ) -> npt.NDArray[np.int64] | None:
+        """The row's raw predictions; with `runtime="torch"`, PyTorch's on the same images."""
+        if runtime == "torch":
+            key = (row.model_sha256, row.uap_sha256, "local", False, "torch")
+        else:
+            key = (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
+        found = self.predicted.get(key)
+        return None if found is None else np.asarray(found, dtype=np.int64)
+
+    def wrong(self, row: ResultRow, *, runtime: str | None = None) -> Wrong | None:
+        """Which images the row's model got wrong."""
+        predicted = self.predictions(row, runtime=runtime)
+        if predicted is None:
+            return None
+        labels = np.asarray(self.evaluation.labels, dtype=np.int64)
+        return np.asarray(predicted != labels, dtype=np.bool_)
+
+
+def _uer(row: ResultRow) -> float:
+    return row.uer if row.uer is not None else -1.0

@@ -1,0 +1,257 @@
+"""Words follow from numbers: tests by hand, flags planted one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness.records import HarnessError
+from reports import inference, words
+from reports.inference import holm, pareto_front
+from reports.masking import flag_text
+from reports.pictures import attacked_image
+from reports.report import write_report
+from reports.selection import build_view
+from reports.verdicts import conclusions, headline
+from tests.reports import synthetic
+from tests.reports.synthetic import add_latency, uap
+
+
+def plant(p, name, rates, *, meta=None):
+    """Runs of one variant: {(source, eps): UER}; source None is clean."""
+    runs = []
+    for (source, eps), rate in rates.items():
+        perturbation = None if source is None else uap(source, eps)
+        if meta is not None and source == name:
+            perturbation = uap(source, eps, meta=meta)
+            p.store.add_uap(perturbation)
+        # One key for all: a higher rate errs on a superset, so every discordant pair agrees.
+        runs.append(p.run(name, perturbation, p.erring(rate, "same")))
+    p.store.add_prediction_runs(runs)
+
+
+SOUND = {(None, None): 0.05, ("random", 10.0): 0.08, ("chessboard", 10.0): 0.20}
+
+
+def flagged(store):
+    view = build_view(store)
+    return {v.name: [f.kind for f in inference.flags(view, v)] for v in view.variants}
+
+
+def test_each_flag_fires_for_its_own_reason_only(planter, store):
+    p = planter(*synthetic.PAPER_ORDER)
+    plant(p, "full", {**SOUND, ("full", 10.0): 0.80, ("pp2", 10.0): 0.60, ("full", 8.0): 0.7})
+    plant(p, "sfp", {**SOUND, ("sfp", 10.0): 0.50, ("full", 10.0): 0.70})
+    plant(p, "pp2", {**SOUND, ("pp2", 10.0): 0.50, ("chessboard", 10.0): 0.50})
+    plant(p, "pp3", {**SOUND, ("pp3", 10.0): 0.25, ("random", 10.0): 0.20})
+    plant(p, "pp4", {**SOUND, ("pp4", 10.0): 0.50, ("pp4", 6.0): 0.60})
+    plant(p, "q2", {**SOUND, ("q2", 10.0): 0.80}, meta={"saturated_fraction": 0.93})
+    plant(p, "q3", {**SOUND, ("q3", 10.0): 0.80}, meta={"saturated_fraction": "<b>"})
+    plant(p, "q4", {**SOUND, ("q4", 10.0): 0.50, ("full", 10.0): 0.505})
+    assert flagged(store) == {
+        "full": [], "sfp": ["transfer"], "pp2": ["control"], "pp3": ["random"],
+        "pp4": ["monotone"], "q2": ["saturated"], "q3": [], "q4": [],
+    }  # fmt: skip
+    view = build_view(store)
+    by_name = {v.name: v for v in view.variants}
+    [flag] = inference.flags(view, by_name["sfp"])
+    assert (flag.value, flag.reference, flag.other) == (0.70, 0.50, "full")
+    said = flag_text(flag).replace(words.NBSP, " ")
+    assert "crafted on Full makes it err on 70.0 %, its own on 50.0 % (p < 0.001" in said
+    [group] = [g for g in conclusions(view) if g.anchor == "masking"]
+    leads = [s.lead for s in group.sentences]
+    assert leads[:5] == ["SFP", "PP2", "PP3", "PP4", "Q2"]
+    assert group.tone == "warn"
+    clear = next(s.text for s in group.sentences if s.lead == "No sign of it")
+    assert clear == "Full, Q3 and Q4."
+
+
+def test_monotone_within_the_intervals_is_no_flag(planter, store):
+    p = planter("full")
+    plant(p, "full", {**SOUND, ("full", 10.0): 0.60, ("full", 8.0): 0.62})
+    assert flagged(store) == {"full": []}
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_mcnemar_against_full_by_hand(planter, store):
+    p = planter("full", "pp2", "q2")
+    clean = {(None, None): 0.05}
+    plant(p, "full", {**clean, ("full", 10.0): 0.50})
+    plant(p, "pp2", {**clean, ("pp2", 10.0): 0.51})  # 6 more images, none fewer
+    plant(p, "q2", {**clean, ("q2", 10.0): 0.40})  # 60 fewer
+    tests = {c.variant.name: c for c in inference.against_full(build_view(store), "white_box")}
+    assert tests["pp2"].p == pytest.approx(2 * 0.5**6)  # the larger of two: factor 1
+    assert tests["q2"].p == pytest.approx(2 * 2 * 0.5**60)
+    assert tests["pp2"].shown is True
+    assert tests["q2"].difference == pytest.approx(-0.1)
+
+
+def test_a_difference_without_a_test_is_not_claimed(planter, store):
+    p = planter("full", "pp2")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.500})
+    plant(p, "pp2", {(None, None): 0.05, ("pp2", 10.0): 0.495})  # 3 images: p = 0.25
+    view = build_view(store)
+    assert "No compressed variant is shown to survive better" in headline(view)
+    said = " ".join(s.text for g in conclusions(view) for s in g.sentences)
+    assert "No difference shown for PP2" in said
+    assert "Shown to err" not in said
+
+
+def test_headline_follows_the_numbers(planter, store):
+    p = planter("full", "q2")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.80})
+    plant(p, "q2", {(None, None): 0.06, ("q2", 10.0): 0.30})
+    said = headline(build_view(store)).replace(words.NBSP, " ")
+    assert said.startswith("Q2 survives better than the uncompressed Full model:")
+    assert "errs on 30.0 % of the images, Full on 80.0 %" in said
+    plant(p, "full", {("q2", 10.0): 0.20})
+    plant(p, "q2", {("full", 10.0): 0.95})  # a transferred perturbation breaks it
+    said = headline(build_view(store)).replace(words.NBSP, " ")
+    assert "No compressed variant is shown to survive better" in said
+    assert "Q2 is shown to be more fragile than Full" in said
+    assert "95.0 %" in said
+
+
+def test_a_variant_spared_the_attacks_is_not_called_robust(planter, store):
+    p = planter("full", "q2", "q4")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.80, ("q2", 10.0): 0.30})
+    plant(p, "q2", {(None, None): 0.05, ("full", 10.0): 0.70, ("q2", 10.0): 0.60})
+    plant(p, "q4", {(None, None): 0.05, ("q4", 10.0): 0.20})  # one attack, not two
+    view = build_view(store)
+    assert [v.name for v in view.set_apart] == ["q4"]
+    assert "Q4" not in headline(view)
+    assert "take Q4" not in advice_text(store)
+    plant(p, "q4", {("full", 10.0): 0.20, ("q2", 10.0): 0.20})  # three: no longer fewer
+    plant(p, "full", {("q4", 10.0): 0.10})
+    plant(p, "q2", {("q4", 10.0): 0.10})
+    assert "Q4" in headline(build_view(store))
+
+
+def test_no_perturbation_of_its_own_is_said_in_the_headline(planter, store):
+    p = planter("full", "q2")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.80})
+    plant(p, "q2", {(None, None): 0.05, ("full", 10.0): 0.30})
+    assert "Mind that Q2 faced no perturbation crafted on itself" in headline(build_view(store))
+
+
+def test_pareto_front_by_hand():
+    #            cheap/bad   dominated    middle      dear/good   tied, dearer
+    points = [(1.0, 0.9), (3.0, 0.95), (2.0, 0.5), (9.0, 0.1), (9.5, 0.1)]
+    assert pareto_front(points) == [0, 2, 3]
+
+
+def test_fleet_mix_of_two_opposite_victims_is_half_and_half(planter, store):
+    p = planter("full", "sfp")
+    plant(p, "full", {(None, None): 0.0, ("full", 10.0): 0.8, ("sfp", 10.0): 0.2})
+    plant(p, "sfp", {(None, None): 0.0, ("full", 10.0): 0.2, ("sfp", 10.0): 0.8})
+    mix = inference.fleet_mix(build_view(store))
+    assert mix is not None
+    assert dict(mix.shares) == pytest.approx({"full": 0.5, "sfp": 0.5})
+    assert mix.worst == pytest.approx(0.5)
+    assert mix.best_single_worst == pytest.approx(0.8)
+
+
+def test_deployment_gap_is_paired_and_counts_disagreements(planter, store):
+    p = planter("full")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.50})
+    torch = p.erring(0.40, "same")
+    store.add_prediction_runs([p.run("full", uap("full", 10.0), torch, "torch")])
+    [row] = inference.deployment_gaps(build_view(store))
+    assert row.gap == pytest.approx(0.10)
+    assert row.disagreements == 60
+    assert row.p == pytest.approx(2 * 0.5**60)
+
+
+def test_latency_advice_needs_full_valid_runs(planter, store):
+    p = planter("full", "q2", "pp2")
+    for name, rate in (("full", 0.8), ("q2", 0.4), ("pp2", 0.9)):
+        plant(p, name, {(None, None): 0.05, (name, 10.0): rate})
+    for name in ("full", "q2"):
+        add_latency(store, name, mode="quick")
+    said = advice_text(store)
+    assert "No advice on latency: quick: not comparable." in said
+    for name in ("full", "q2"):
+        add_latency(store, name)
+    add_latency(store, "pp2", spread=0.3)
+    said = advice_text(store)
+    assert "If latency is the limit, take Q2" in said
+    assert "Left out, measurement not valid: PP2." in said
+
+
+def advice_text(store):
+    [group] = [g for g in conclusions(build_view(store)) if g.anchor == "advice"]
+    return " ".join(s.text for s in group.sentences)
+
+
+def test_attacked_image_is_clipped_after_rounding():
+    image = np.array([[[250, 5, 100]]], dtype=np.uint8)
+    delta = np.array([[[10, -10, 2.4]]], dtype=np.float32) / 255
+    assert attacked_image(image, delta).tolist() == [[[255, 0, 102]]]
+
+
+# --- less than everything -------------------------------------------------------------------------
+
+
+def test_nothing_measured_names_the_command(store, tmp_path):
+    with pytest.raises(HarnessError, match=r"run `harness attack-device"):
+        write_report(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_device_lists_those_there_are(full, tmp_path):
+    with pytest.raises(HarnessError, match="choose from local"):
+        write_report(full.store, tmp_path, device="rpi4")
+
+
+CASES = {
+    "clean only": ([{(None, None): 0.05}], "Nothing was attacked yet"),
+    "one variant": ([{(None, None): 0.05, ("full", 10.0): 0.5}], "Only Full was attacked"),
+    "attack without clean": ([{("full", 10.0): 0.5}, {("sfp", 10.0): 0.5}], "No targeted"),
+    "no controls": (
+        [{(None, None): 0.05, ("full", 10.0): 0.5}, {(None, None): 0.1, ("sfp", 10.0): 0.7}],
+        "No controls were measured",
+    ),
+    "other budget only": (
+        [{(None, None): 0.05, ("full", 4.0): 0.5}, {(None, None): 0.1, ("sfp", 4.0): 0.7}],
+        "ε\u00a0=\u00a04/255",
+    ),
+    "controls only": ([{(None, None): 0.05, ("random", 10.0): 0.1}], "No crafted perturbation"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_missing_parts_are_said_in_a_sentence(case, planter, store, tmp_path):
+    plans, sentence = CASES[case]
+    p = planter("full", "sfp", examples=b"")
+    for name, plan in zip(("full", "sfp"), plans, strict=False):
+        plant(p, name, plan)
+    html = write_report(store, tmp_path / "out").html.read_text(encoding="utf-8")
+    assert sentence in html
+    assert "No latency was measured" in html
+    assert "PyTorch was not run on the same images" in html
+
+
+def test_a_model_of_the_users_own_and_a_second_device_are_shown(planter, store, tmp_path):
+    p = planter("full", "q2")
+    for name, rate in (("full", 0.8), ("q2", 0.4)):
+        plant(p, name, {(None, None): 0.05, (name, 10.0): rate})
+    mine = synthetic.model("full", sha256=synthetic.sha("model", "mine"), variant="mine",
+                           method="other")  # fmt: skip
+    store.add_model(mine)
+    plant(p, "mine", {(None, None): 0.04, ("full", 10.0): 0.6})
+    board = synthetic.Planter(store, p.evaluation, device="rpi4")
+    plant(board, "q2", {(None, None): 0.05, ("q2", 10.0): 0.45})
+    view = build_view(store)
+    assert view.device.name == "local"
+    assert [v.name for v in view.variants] == ["full", "q2", "mine"]
+    html = write_report(store, tmp_path / "out").html.read_text(encoding="utf-8")
+    assert "</span>mine" in html
+    assert "Device by device" in html
+    assert "45.0\u00a0%" in html
+    on_board = build_view(store, device="rpi4")
+    assert [v.name for v in on_board.variants] == ["q2"]
