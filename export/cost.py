@@ -53,11 +53,9 @@ def _conv_macs(graph: Graph, node: onnx.NodeProto, weight: int) -> int:
 
 
 def _gemm_macs(graph: Graph, node: onnx.NodeProto, weight: int) -> int:
-    rows_columns = graph.shape(node.input[0])
-    inner = rows_columns[0 if graph.attribute(node, "transA", 0) else 1]
     factor = graph.shape(node.input[weight])
     columns = factor[0 if graph.attribute(node, "transB", 0) else 1]
-    return prod(rows_columns) // inner * inner * columns
+    return prod(graph.shape(node.input[0])) * columns
 
 
 def _matmul_macs(graph: Graph, node: onnx.NodeProto, _weight: int) -> int:

@@ -152,7 +152,9 @@ def _cut_masked_outputs(block: FoldedBlock, align: int) -> tuple[FoldedBlock, Te
     width, alive = len(keep_mask), int(keep_mask.sum())
     target = _aligned(max(1, alive), align)
     if alive == width:
-        return _replaced(block, mask=None), None
+        return FoldedBlock(
+            block.conv1, block.conv2, block.shortcut, skip_channels=block.skip_channels
+        ), None
     if target >= width:
         return block, None
     fillers = torch.where(~keep_mask)[0][: target - alive]
@@ -181,12 +183,6 @@ def _cut_inputs(block: FoldedBlock, kept: Tensor, name: str) -> FoldedBlock:
     conv1 = _like(block.conv1, block.conv1.weight[:, kept], block.conv1.bias)
     shortcut = _like(block.shortcut, block.shortcut.weight[:, kept], block.shortcut.bias)
     return FoldedBlock(conv1, block.conv2, shortcut, mask=block.mask)
-
-
-def _replaced(block: FoldedBlock, *, mask: Tensor | None) -> FoldedBlock:
-    return FoldedBlock(
-        block.conv1, block.conv2, block.shortcut, mask=mask, skip_channels=block.skip_channels
-    )
 
 
 def _mask_kind(mask: Tensor | None, name: str) -> str:
