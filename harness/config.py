@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -35,6 +35,11 @@ class TrainConfig:
     decay_epochs: tuple[int, ...] = (80, 120)
     crop_padding: int = 4
     """Pixels of padding for random crops; 0 turns augmentation off, flips included."""
+    bn_eps: float = 1e-5
+    """Batch norm rescales every filter to unit variance down to variances of about this, so with
+    a small value a filter's norm says little of its importance, and a filter that returns from
+    zero takes part at full strength within a step. Long schedules get over that; short ones need
+    a larger value for soft filter pruning to settle (docs/adr/0004)."""
     sfp_keep: float = 0.9
     mixup_alpha: float = 1.0
     cutout_size: int = 16
@@ -140,6 +145,7 @@ def _quickstart(dataset: str | None) -> Config:
             schedule="one_cycle",
             decay_epochs=(),
             crop_padding=2,
+            bn_eps=0.1,
             # At width 8, 10 % of a stage-1 layer would be no filter at all.
             sfp_keep=0.7,
             pp_epochs=1,
@@ -177,7 +183,7 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text: write it anew with `harness init`") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     return config_from_dict(values, where=path.name)
 
@@ -245,7 +251,7 @@ def _coerce(value: Any, hint: Any, *, where: str, name: str) -> Any:
         if option is int and isinstance(value, int) and not isinstance(value, bool):
             return value
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if option is float and is_number and math.isfinite(value):
+        if option is float and is_number and abs(value) <= sys.float_info.max:
             return float(value)
         if getattr(option, "__origin__", None) is tuple and isinstance(value, list):
             element = get_args(option)[0]
@@ -283,8 +289,11 @@ def _check(config: Config, where: str) -> None:
         need(getattr(craft, key) >= 1, f"craft.{key}", getattr(craft, key), "at least 1")
     for key in ("pp_epochs", "apot_epochs", "crop_padding", "cutout_size"):
         need(getattr(train, key) >= 0, f"train.{key}", getattr(train, key), "at least 0")
-    for key in ("lr", "mixup_alpha", "pp_lr", "apot_lr"):
+    for key in ("lr", "mixup_alpha", "pp_lr", "apot_lr", "bn_eps"):
         need(getattr(train, key) > 0, f"train.{key}", getattr(train, key), "above 0")
+    need(0 <= train.momentum < 1, "train.momentum", train.momentum, "in [0, 1)")
+    for key in ("weight_decay", "apot_alpha_lr_activation", "apot_alpha_lr_weight"):
+        need(getattr(train, key) >= 0, f"train.{key}", getattr(train, key), "at least 0")
     for key in ("sfp_keep", "pp_keep"):
         need(0 < getattr(train, key) <= 1, f"train.{key}", getattr(train, key), "in (0, 1]")
     schedules, granularities = ("step", "one_cycle"), ("channel", "unit")

@@ -56,7 +56,7 @@ def result_rows(store: Store) -> list[ResultRow]:
             model=models[key.model],
             uap=uaps[key.uap] if key.uap is not None else None,
             evaluation=evaluation_sets[key.evaluation],
-            latency=latencies.get((key.model, key.device, key.runtime)),
+            latency=(None if key.emulated else latencies.get((key.model, key.device, key.runtime))),
         )
         for key, stored in latest.items()
     ]

@@ -318,6 +318,7 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
     """
     if not create and not path.exists():
         raise HarnessError(f"no results at {path}: run `harness attack-device` or `harness run`")
+    connection = None
     try:
         # Autocommit off by hand: every write goes through `with connection`.
         connection = sqlite3.connect(path, timeout=30)
@@ -326,11 +327,15 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
         connection.execute("PRAGMA foreign_keys = ON")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise sqlite3.DatabaseError("it is another program's database")
             with connection:
                 connection.executescript(
                     f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
                 )
     except sqlite3.Error as error:
+        if connection is not None:
+            connection.close()
         raise HarnessError(
             f"cannot open {path} as a results store ({error}): move it away and run again"
         ) from None

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from harness.artefacts import write_atomic
 from harness.config import Config, load_config, to_toml
 from harness.records import CONTROLS, HarnessError, UsageError
@@ -40,7 +42,9 @@ class UapName:
     @property
     def stem(self) -> str:
         """The file name without `.pt`; what is the default is left out."""
-        parts = [f"{self.source}_eps{self.eps:g}"]
+        # Every digit: two budgets must not share a file.
+        eps = np.format_float_positional(self.eps, trim="-")
+        parts = [f"{self.source}_eps{eps}"]
         if self.target is not None:
             parts.append(f"t{self.target}")
         if self.attack != DEFAULT_ATTACK and self.source not in CONTROLS:

@@ -71,6 +71,7 @@ def relevant_config(variant: Variant, config: Config) -> dict[str, Any]:
         "decay_epochs": train_config.decay_epochs,
         "momentum": train_config.momentum,
         "weight_decay": train_config.weight_decay,
+        "bn_eps": train_config.bn_eps,
         "crop_padding": train_config.crop_padding,
         "epochs": train_config.epochs,
     }
@@ -187,6 +188,7 @@ def _spec(build: Build) -> ModelSpec:
         classes=len(data.classes),
         mean_255=data.mean_255,
         std_255=data.std_255,
+        bn_eps=build.config.train.bn_eps,
     )
 
 

@@ -113,9 +113,14 @@ def load_perturbation(path: Path) -> Perturbation:
             raise UsageError(f"UAP {path} has no {name!r}: a UAP file holds {', '.join(types)}")
         if not isinstance(content[name], wanted) or isinstance(content[name], bool):
             raise UsageError(f"UAP {path}: {name} is a {type(content[name]).__name__}")
-    delta, eps = content["delta"], float(content["eps"])
-    if not (math.isfinite(eps) and 0 < eps <= 255):
+    delta, eps, seed, target = (content[name] for name in ("delta", "eps", "seed", "target"))
+    if not 0 < eps <= 255:  # before float(): a whole number may be too large for one
         raise UsageError(f"UAP {path}: eps is {eps}, but must be in (0, 255], in 1/255 units")
+    if not 0 <= seed < 2**63 or target < -1:
+        raise UsageError(f"UAP {path}: seed {seed} or target {target} is out of range")
+    eps, delta = float(eps), delta.detach()  # a delta saved while it still wanted gradients
+    if delta.layout != torch.strided or delta.is_meta:
+        raise UsageError(f"UAP {path}: delta is sparse or has no values; save it as a plain tensor")
     if delta.dtype != torch.float32 or delta.ndim != 3 or not 0 < delta.numel() <= MAX_ELEMENTS:
         raise UsageError(
             f"UAP {path}: delta is {delta.dtype} {list(delta.shape)}, not float32 [C, H, W]"
@@ -130,10 +135,10 @@ def load_perturbation(path: Path) -> Perturbation:
         delta=delta.contiguous().numpy(),
         eps=eps,
         source=content["source"],
-        target=None if content["target"] < 0 else content["target"],
+        target=None if target < 0 else target,
         dataset=content["dataset"],
         protocol=content["protocol"],
-        seed=content["seed"],
+        seed=seed,
         meta=meta if isinstance(meta, dict) else {},
     )
 
@@ -166,7 +171,7 @@ def check_fits(
 def uap_record(path: Path, perturbation: Perturbation) -> UapRecord:
     """The perturbation as the results store keeps it; identified by its file's sha256."""
     channels, height, width = perturbation.delta.shape
-    meta = {k: v for k, v in perturbation.meta.items() if _is_plain(v)}
+    meta = {k: v for k, v in perturbation.meta.items() if isinstance(k, str) and _is_plain(v)}
     return UapRecord(
         sha256=sha256_file(path),
         source=perturbation.source,

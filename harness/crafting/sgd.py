@@ -135,7 +135,7 @@ def craft_sgd(
             state = {"delta": delta.cpu(), "epoch": epoch + 1, "losses": losses}
             write_partial(partial, key=key, state=state)
             last_save = time.monotonic()
-    model.eval()
+    _set_batch_statistics(model, False)
     return Crafted(delta.cpu().numpy(), tuple(losses), saturated, zero_gradient)
 
 
@@ -153,10 +153,9 @@ def _batch_gradient(
 
 def _set_batch_statistics(model: nn.Module, enabled: bool) -> None:
     model.eval()
-    if enabled:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                # Batch statistics, but the running ones stay as trained: the authors' runs
-                # polluted each other's models, ours start from the same model every time.
-                module.train()
-                module.momentum = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Batch statistics, but the running ones stay as trained: the authors' runs
+            # polluted each other's models, ours start from the same model every time.
+            module.train(enabled)
+            module.track_running_stats = not enabled

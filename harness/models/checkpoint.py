@@ -72,7 +72,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         variant, key, meta = content["variant"], content["key"], content["meta"]
         spec, weights = _spec(content["spec"]), content["weights"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"{path} is not a checkpoint of this harness ({type(error).__name__}: {error}): "
             "delete it and train again"
@@ -91,6 +91,7 @@ def _spec(values: dict[str, Any]) -> ModelSpec:
         classes=int(values["classes"]),
         mean_255=tuple(int(v) for v in values["mean_255"]),
         std_255=tuple(float(v) for v in values["std_255"]),
+        bn_eps=float(values["bn_eps"]),
         bits=None if values["bits"] is None else int(values["bits"]),
         mask_stage=None if values["mask_stage"] is None else int(values["mask_stage"]),
         mask_shape=None if values["mask_shape"] is None else _shape(values["mask_shape"]),
@@ -104,8 +105,10 @@ def _spec(values: dict[str, Any]) -> ModelSpec:
         raise ValueError("mean and std need one value a channel")
     if not all(math.isfinite(v) and v > 0 for v in spec.std_255):
         raise ValueError("std must be positive")
-    if spec.mask_shape is not None and math.prod(spec.mask_shape) > 2**24:
-        raise ValueError(f"mask shape {spec.mask_shape} is too large")
+    if spec.mask_shape is not None and not (
+        min(spec.mask_shape) >= 1 and math.prod(spec.mask_shape) <= 2**24
+    ):
+        raise ValueError(f"mask shape {spec.mask_shape} is out of range")
     return spec
 
 
@@ -116,11 +119,13 @@ def _shape(values: Any) -> tuple[int, int, int]:
 
 def _check_weights(path: Path, spec: ModelSpec, weights: Any) -> None:
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in ResNet(spec).state_dict().items()}
+        expected = ResNet(spec).state_dict()
     if not isinstance(weights, dict) or set(weights) != set(expected):
         raise UsageError(f"checkpoint {path} does not hold the weights of a {spec.arch}")
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != expected[name]:
+        if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape:
             raise UsageError(f"checkpoint {path}: {name} has the wrong shape for {spec.arch}")
+        if tensor.dtype != expected[name].dtype or tensor.layout != torch.strided or tensor.is_meta:
+            raise UsageError(f"checkpoint {path}: {name} is not a plain {expected[name].dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise UsageError(f"checkpoint {path}: {name} holds values that are not finite")

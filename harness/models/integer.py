@@ -355,7 +355,7 @@ def _requantised(
     scale = affine.scale / multiplier
     # The quantiser subtracts a quarter unit; here that is free, in the bias.
     shift = affine.shift - float(output.quarter_unit)
-    constant = np.abs(shift) > scale * _BIAS_LIMIT
+    constant = (np.abs(shift) > scale * _BIAS_LIMIT) | (scale == 0)
     weight = np.where(constant[:, None, None, None], 0, affine.weight).astype(np.int8)
     scale = np.where(constant, np.maximum(np.abs(shift), 1e-30) / 2**20, scale)
     bias = np.rint(shift / scale).astype(np.int32)

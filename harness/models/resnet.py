@@ -29,6 +29,8 @@ class ModelSpec:
     mean_255: tuple[int, ...]
     """Per-channel mean in whole pixel units: whole, so that an integer stem is exact."""
     std_255: tuple[float, ...]
+    bn_eps: float = 1e-5
+    """Added to the variance by batch norm; see `harness.config.TrainConfig`."""
     bits: int | None = None
     """APoT bits of the hidden layers; None for a float model."""
     mask_stage: int | None = None
@@ -57,16 +59,18 @@ class BasicBlock(nn.Module):
 
     mask: Tensor | None
 
-    def __init__(self, cin: int, cout: int, *, stride: int, bits: int | None) -> None:
+    def __init__(self, cin: int, cout: int, *, stride: int, spec: ModelSpec) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(cin, cout, stride=stride, bits=bits)
-        self.bn1 = nn.BatchNorm2d(cout)
-        self.conv2 = _conv3x3(cout, cout, stride=1, bits=bits)
-        self.bn2 = nn.BatchNorm2d(cout)
+        bits, eps = spec.bits, spec.bn_eps
+        self.conv1 = _conv(cin, cout, kernel=3, stride=stride, bits=bits)
+        self.bn1 = nn.BatchNorm2d(cout, eps=eps)
+        self.conv2 = _conv(cout, cout, kernel=3, stride=1, bits=bits)
+        self.bn2 = nn.BatchNorm2d(cout, eps=eps)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or cin != cout:
             self.downsample = nn.Sequential(
-                _conv(cin, cout, kernel=1, stride=stride, bits=bits), nn.BatchNorm2d(cout)
+                _conv(cin, cout, kernel=1, stride=stride, bits=bits),
+                nn.BatchNorm2d(cout, eps=eps),
             )
         self.register_buffer("mask", None)
 
@@ -94,7 +98,7 @@ class ResNet(nn.Module):
             if spec.bits is None
             else Uniform8Conv2d(spec.in_channels, spec.width, 3, padding=1, bias=False)
         )
-        self.bn1 = nn.BatchNorm2d(spec.width)
+        self.bn1 = nn.BatchNorm2d(spec.width, eps=spec.bn_eps)
         stages: list[nn.Sequential] = []
         cin = spec.width
         for index, n_blocks in enumerate(blocks_per_stage):
@@ -102,7 +106,7 @@ class ResNet(nn.Module):
             blocks: list[BasicBlock] = []
             for block in range(n_blocks):
                 stride = 2 if index > 0 and block == 0 else 1
-                blocks.append(BasicBlock(cin, cout, stride=stride, bits=spec.bits))
+                blocks.append(BasicBlock(cin, cout, stride=stride, spec=spec))
                 cin = cout
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
@@ -164,10 +168,6 @@ def build_model(spec: ModelSpec, *, seed: int) -> ResNet:
             with torch.no_grad():
                 module.weight.normal_(0.0, (2.0 / fan_out) ** 0.5, generator=generator)
     return model
-
-
-def _conv3x3(cin: int, cout: int, *, stride: int, bits: int | None) -> nn.Conv2d:
-    return _conv(cin, cout, kernel=3, stride=stride, bits=bits)
 
 
 def _conv(cin: int, cout: int, *, kernel: int, stride: int, bits: int | None) -> nn.Conv2d:

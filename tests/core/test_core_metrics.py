@@ -1,0 +1,179 @@
+"""Metrics against values counted by hand, and against published intervals and tests."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import comb
+from typing import Any
+
+import numpy as np
+import pytest
+from core_cases import latency_process
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from harness import metrics
+from harness.metrics import PERCENTILE_MIN_N, Rate, summarise_latency, wilson
+
+# Ten images. Clean mistakes: 2 and 7. Under attack: 0, 2, 4, 6, 7, 9 are wrong; 2 keeps its wrong
+# class, 7 moves to another wrong class, and 5 is right in both.
+LABELS = np.array([0, 0, 1, 1, 2, 2, 3, 3, 0, 1])
+CLEAN = np.array([0, 0, 3, 1, 2, 2, 3, 1, 0, 1])
+ATTACKED = np.array([3, 0, 3, 1, 3, 2, 2, 2, 0, 3])
+
+
+def test_rates_counted_by_hand() -> None:
+    assert metrics.accuracy(LABELS, CLEAN) == Rate(8, 10)
+    assert metrics.uer(LABELS, ATTACKED) == Rate(6, 10)  # 2 and 7 were wrong before: they count
+    assert metrics.evasion_on_correct(LABELS, CLEAN, ATTACKED) == Rate(4, 8)
+    assert metrics.fooling_rate(CLEAN, ATTACKED) == Rate(5, 10)  # 0 4 6 9, and 7: wrong to wrong
+    assert metrics.agreement(CLEAN, ATTACKED) == Rate(5, 10)
+
+
+def test_targeted_rates_counted_by_hand() -> None:
+    assert metrics.tsr(ATTACKED, 3) == Rate(4, 10)
+    assert metrics.tsr_excluding_target(LABELS, ATTACKED, 3) == Rate(4, 8)
+    assert metrics.tsr(ATTACKED, 0) == Rate(2, 10)  # both are images of class 0
+    assert metrics.tsr_excluding_target(LABELS, ATTACKED, 0) == Rate(0, 7)
+
+
+def test_a_harmless_perturbation_still_has_the_uer_of_clean_mistakes() -> None:
+    assert metrics.uer(LABELS, CLEAN).value == 0.2
+    assert metrics.evasion_on_correct(LABELS, CLEAN, CLEAN).value == 0.0
+
+
+def test_nothing_counted_is_none_not_zero() -> None:
+    none_correct = metrics.evasion_on_correct(LABELS, (LABELS + 1) % 4, ATTACKED)
+    assert (none_correct.value, none_correct.interval) == (None, (None, None))
+    only_target = metrics.tsr_excluding_target(np.array([1, 1]), np.array([1, 0]), 1)
+    assert only_target.value is None
+
+
+def test_wilson_known_values() -> None:
+    # z^2 = 3.8415: with no success the upper bound is z^2 / (n + z^2).
+    assert wilson(0, 10) == pytest.approx((0.0, 3.841459 / 13.841459), abs=1e-7)
+    assert wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=5e-5)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=5e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_wilson_is_scipys_and_holds_the_rate(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 10**6))
+    successes = data.draw(st.integers(0, n))
+    confidence = data.draw(st.sampled_from([0.9, 0.95, 0.99]))
+    low, high = wilson(successes, n, confidence=confidence)
+    expected = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= low <= successes / n <= high <= 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 600, 10_000])
+def test_wilson_ends_exactly_at_zero_and_one(n: int) -> None:
+    assert wilson(0, n)[0] == 0.0
+    assert wilson(n, n)[1] == 1.0
+    assert wilson(0, n)[1] == pytest.approx(1 - wilson(n, n)[0], abs=1e-15)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5), (0, -1)])
+def test_wilson_refuses_impossible_counts(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match="0 <= successes <= n"):
+        wilson(successes, n)
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(1, 0), (5, 1), (2, 9), (7, 7), (0, 12)])
+def test_mcnemar_is_the_two_sided_binomial(only_first: int, only_second: int) -> None:
+    both, neither = 3, 4
+    first = np.array([1] * only_first + [0] * only_second + [1] * both + [0] * neither, dtype=bool)
+    second = np.array([0] * only_first + [1] * only_second + [1] * both + [0] * neither, dtype=bool)
+    n, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(Fraction(comb(n, i), 2**n) for i in range(k + 1))
+    assert metrics.mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)))
+
+
+def test_mcnemar_without_disagreement_is_one() -> None:
+    wrong = np.array([True, False, True])
+    assert metrics.mcnemar(wrong, wrong) == 1.0
+
+
+# --- latency ---------------------------------------------------------------------------------
+
+
+def process_of(n: int, **changes: Any) -> Any:
+    """n samples, 1 to n ms."""
+    return latency_process(tuple(range(1_000_000, (n + 1) * 1_000_000, 1_000_000)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("p50_ms", 11), ("p90_ms", 64), ("p99_ms", 662)], ids=["p50", "p90", "p99"]
+)
+def test_a_percentile_needs_its_number_of_samples(name: str, least: int) -> None:
+    assert getattr(summarise_latency([process_of(least - 1)], cores=2), name) is None
+    q = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}[name]
+    expected = np.percentile(np.arange(1, least + 1), q)
+    value = getattr(summarise_latency([process_of(least)], cores=2), name)
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_thresholds_are_those_of_the_protocol() -> None:
+    assert [PERCENTILE_MIN_N[q] for q in (90, 95, 99, 99.9)] == [64, 130, 662, 6636]
+
+
+def test_samples_of_all_processes_are_pooled() -> None:
+    half = [latency_process((1_000_000,) * 32), latency_process((1_000_000,) * 32)]
+    summary = summarise_latency(half, cores=2)
+    assert (summary.n, summary.p50_ms, summary.p90_ms) == (64, 1.0, 1.0)
+    assert (summary.load_ms, summary.first_ms, summary.rss_peak_bytes) == (5.0, 3.0, 200)
+    assert (summary.verdict, summary.reasons) == ("VALID", ())
+
+
+def test_peak_memory_is_the_largest_known() -> None:
+    known = [process_of(3, rss_peak_bytes=b) for b in (None, 500, 300)]
+    assert summarise_latency(known, cores=2).rss_peak_bytes == 500
+    assert summarise_latency(known[:1], cores=2).rss_peak_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("telemetry", "medians_ms", "verdict", "reasons"),
+    [
+        ([{}], (100, 100), "VALID", ()),
+        ([{}], (100, 105), "VALID", ()),  # spread 5/102.5
+        ([{}], (100, 106), "UNSTABLE", ("medians of processes spread 6% (limit 5%)",)),
+        ([{"frequency_mhz": 1500}, {"frequency_mhz": 1470}], (100, 100), "VALID", ()),
+        (
+            [{"frequency_mhz": 1500}, {"frequency_mhz": 1200}],
+            (100, 100),
+            "UNSTABLE",
+            ("CPU frequency drifted 20% (limit 2%)",),
+        ),
+        ([{"load_1m": 2.0}], (100, 100), "VALID", ()),
+        ([{"load_1m": 2.5}], (100, 100), "UNSTABLE", ("load 2.5 on 2 cores",)),
+        (
+            [{"throttled": True, "load_1m": 3.0}],
+            (100, 100),
+            "INVALID",
+            ("the board throttled its clock", "load 3.0 on 2 cores"),
+        ),
+        ([{"throttled": False, "frequency_mhz": None, "load_1m": None}], (100, 100), "VALID", ()),
+    ],
+)
+def test_verdicts_and_their_reasons(
+    telemetry: list[dict[str, Any]],
+    medians_ms: tuple[int, ...],
+    verdict: str,
+    reasons: tuple[str, ...],
+) -> None:
+    processes = [
+        latency_process((m * 1_000_000,) * 3, telemetry=tuple(telemetry)) for m in medians_ms
+    ]
+    summary = summarise_latency(processes, cores=2)
+    assert (summary.verdict, summary.reasons) == (verdict, reasons)
+    middle = sum(medians_ms) / len(medians_ms)
+    assert summary.spread == pytest.approx((max(medians_ms) - min(medians_ms)) / middle)
+
+
+@pytest.mark.parametrize("processes", [[], [latency_process(())]], ids=["none", "no samples"])
+def test_a_latency_run_without_samples_is_refused(processes: list[Any]) -> None:
+    with pytest.raises(ValueError, match="at least one process"):
+        summarise_latency(processes, cores=2)

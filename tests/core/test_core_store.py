@@ -1,0 +1,238 @@
+"""The results store: what goes in comes out, all of it or nothing."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_cases import (
+    digest,
+    evaluation_set,
+    latency_process,
+    latency_run,
+    machine,
+    model_record,
+    prediction_run,
+    uap_record,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harness.records import HarnessError
+from harness.store import SCHEMA_VERSION, Store, open_store
+
+LABELS = (0, 1, 2, 3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    with open_store(tmp_path / "results.db", git_commit="abc123") as opened:
+        opened.add_evaluation_set(evaluation_set(LABELS))
+        opened.add_model(model_record())
+        opened.add_uap(uap_record())
+        yield opened
+
+
+def test_every_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    evaluation, model = evaluation_set(LABELS), model_record()
+    uaps = [uap_record("u"), uap_record("t", target=2, eps=2.5), uap_record("s", seed=12)]
+    runs = [
+        prediction_run(LABELS),
+        prediction_run((3, 2, 1, 0), uap="u", device="rpi4", emulated=True, runtime="torch"),
+    ]
+    latency = latency_run(
+        latency_process((1, 2, 3)),
+        latency_process((4,), rss_load_bytes=None, rss_peak_bytes=None, telemetry=()),
+    )
+    with open_store(path, git_commit="abc123") as store:
+        store.add_evaluation_set(evaluation)
+        store.add_model(model)
+        for uap in uaps:
+            store.add_uap(uap)
+        store.add_prediction_runs(runs)
+        store.add_latency_run(latency)
+    with open_store(path, create=False) as store:
+        assert store.evaluation_sets() == {evaluation.sha256: evaluation}
+        assert store.models() == {model.sha256: model}
+        assert store.uaps() == {uap.sha256: uap for uap in uaps}
+        predictions, latencies = store.predictions(), store.latencies()
+    assert [stored.run for stored in predictions] == runs
+    assert [stored.run for stored in latencies] == [latency]
+    assert {stored.git_commit for stored in (*predictions, *latencies)} == {"abc123"}
+    assert all(stored.created_at.endswith("+00:00") for stored in (*predictions, *latencies))
+
+
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.integers(0, 2**16 - 1), max_size=50), st.floats(0, 1e9))
+def test_predictions_round_trip(store: Store, classes: list[int], seconds: float) -> None:
+    run = prediction_run(tuple(classes), seconds=seconds)
+    store.add_prediction_runs([run])
+    assert store.predictions()[-1].run == run
+
+
+@pytest.mark.parametrize("impossible", [-1, 2**16])
+def test_a_class_that_cannot_be_stored_is_refused(store: Store, impossible: int) -> None:
+    with pytest.raises(OverflowError):
+        store.add_prediction_runs([prediction_run((0, impossible))])
+    assert store.predictions() == []
+
+
+def test_a_failing_run_leaves_nothing_of_its_batch(store: Store) -> None:
+    good, unknown_model = prediction_run(LABELS), prediction_run(LABELS, model="nobody")
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add_prediction_runs([good, good, unknown_model])
+    assert store.predictions() == []
+    store.add_prediction_runs([good])
+    assert [stored.run for stored in store.predictions()] == [good]
+
+
+@pytest.mark.parametrize(
+    "orphan",
+    [
+        prediction_run(LABELS, model="nobody"),
+        prediction_run(LABELS, uap="nobody"),
+        prediction_run(LABELS, evaluation_sha256=digest("nowhere")),
+    ],
+    ids=["model", "uap", "evaluation set"],
+)
+def test_a_run_of_something_unregistered_is_refused(store: Store, orphan: Any) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add_prediction_runs([orphan])
+
+
+def test_only_the_last_registered_model_of_a_variant_is_current(store: Store) -> None:
+    first, other, second = model_record(), model_record("q", "q4"), model_record("m2", seed=4)
+    store.add_model(other)
+    store.add_model(second)
+    assert store.models() == {r.sha256: r for r in (other, second)}
+    assert store.models(current_only=False) == {r.sha256: r for r in (first, other, second)}
+
+
+def test_registering_an_old_model_again_makes_it_current_and_keeps_its_runs(store: Store) -> None:
+    store.add_prediction_runs([prediction_run(LABELS)])
+    store.add_model(model_record("m2"))
+    assert list(store.models()) == [digest("m2")]
+    store.add_model(model_record())
+    assert list(store.models()) == [digest("m")]
+    assert len(store.predictions()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "q4"},
+        {"attack": "sga"},
+        {"protocol": "paper"},
+        {"dataset": "svhn"},
+        {"seed": 12},
+        {"eps": 10.5},
+        {"target": 0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_uap_of_another_name_replaces_nothing(store: Store, changes: dict[str, Any]) -> None:
+    store.add_uap(uap_record("other", **changes))
+    assert set(store.uaps()) == {digest("u"), digest("other")}
+
+
+def test_the_last_uap_of_a_name_is_current(store: Store) -> None:
+    store.add_uap(uap_record("u2", meta={"epochs": 4}))
+    assert set(store.uaps()) == {digest("u2")}
+    assert set(store.uaps(current_only=False)) == {digest("u"), digest("u2")}
+    store.add_uap(uap_record())
+    assert set(store.uaps()) == {digest("u")}
+
+
+def test_the_same_evaluation_set_again_changes_nothing(store: Store) -> None:
+    store.add_evaluation_set(replace(evaluation_set(LABELS), note="another note"))
+    assert [e.note for e in store.evaluation_sets().values()] == ["four classes"]
+
+
+def test_an_evaluation_is_known_by_all_that_identifies_it(store: Store) -> None:
+    run = prediction_run(LABELS, uap="u")
+    store.add_prediction_runs([run])
+    asked: dict[str, Any] = {
+        "model_sha256": run.model_sha256,
+        "evaluation_sha256": run.evaluation_sha256,
+        "uap_sha256": run.uap_sha256,
+        "device": "local",
+        "runtime": "onnxruntime",
+        "runtime_version": machine().runtime_version,
+    }
+    assert store.has_prediction(**asked)
+    for name in asked:
+        assert not store.has_prediction(**asked | {name: "another"})
+    assert not store.has_prediction(**asked | {"uap_sha256": None})
+
+
+def test_a_reader_sees_whole_runs_while_a_writer_writes(tmp_path: Path, store: Store) -> None:
+    with open_store(tmp_path / "results.db", create=False) as reader:
+        with store._transaction() as db:
+            db.execute("DELETE FROM uap")
+            assert list(reader.uaps()) == [digest("u")]  # neither blocked nor half-written
+        assert reader.uaps() == {}
+        store.add_prediction_runs([prediction_run(LABELS), prediction_run(LABELS)])
+        assert len(reader.predictions()) == 2
+
+
+# --- files that are not ours --------------------------------------------------------------------
+
+
+def refused(path: Path, **arguments: Any) -> str:
+    with pytest.raises(HarnessError) as caught:
+        open_store(path, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_a_missing_store_says_how_to_get_one(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    assert "harness run" in refused(path, create=False)
+    assert not path.exists()
+
+
+def test_a_newer_store_is_refused_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    open_store(path).close()
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.close()
+    assert f"newer harness (schema {SCHEMA_VERSION + 1})" in refused(path)
+
+
+@pytest.mark.parametrize("content", [b"not a database\n" * 100, b"SQLite format 3\x00" + b"\xff" * 500])
+def test_another_kind_of_file_is_refused_unchanged(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "results.db"
+    path.write_bytes(content)
+    assert "move it away" in refused(path)
+    assert path.read_bytes() == content
+
+
+def test_another_programs_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE notes (text TEXT)")
+    connection.close()
+    assert "another program's database" in refused(path)
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("notes",)]
+    connection.close()
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "unable to open" in refused(tmp_path)
+
+
+def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    path.touch()
+    with open_store(path) as store:
+        assert store.models() == {}
