@@ -24,6 +24,7 @@ from harness.records import HarnessError, UsageError
 
 MAX_PT_BYTES = 2 * 2**30
 """Larger than any checkpoint of these models by far; a bigger file is a mistake or an attack."""
+_DOS_FOLDER = 0x10
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -135,12 +136,16 @@ def _check_archive(path: Path, *, what: str) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(item.file_size for item in archive.infolist())
             damaged = archive.testzip() if unpacked <= MAX_PT_BYTES else None
+            # torch reads nothing for what claims to be a folder, and leaves memory as it was.
+            folders = [i.filename for i in archive.infolist() if i.external_attr & _DOS_FOLDER]
     except Exception:  # zipfile raises a dozen kinds on hostile bytes, zlib.error among them
         raise UsageError(f"{what} {path} is not a .pt file, or is cut off: make it again") from None
     if unpacked > MAX_PT_BYTES:
         raise UsageError(f"{what} {path} would unpack to {unpacked // 2**20} MiB: refused")
     if damaged is not None:
         raise UsageError(f"{what} {path} is damaged (checksum of {damaged}): make it again")
+    if folders:
+        raise UsageError(f"{what} {path} is damaged ({folders[0]} is a folder): make it again")
 
 
 def write_partial(path: Path, *, key: str, state: dict[str, Any]) -> None:

@@ -34,13 +34,15 @@ def predict(
         batch_size: images at a time.
     """
     predictions: list[npt.NDArray[np.int64]] = []
-    delta = None if delta_255 is None else torch.from_numpy(delta_255).to(device)
-    for start in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(images[start : start + batch_size]).to(device)
-        if delta is not None:
-            pixels = (pixels.to(torch.int16) + delta).clamp_(0, 255)
-        logits = model(pixels.float().contiguous(memory_format=torch.channels_last))
-        predictions.append(logits.argmax(dim=1).cpu().numpy())
+    # A GPU's TF32 would make PyTorch the less exact side of the comparison.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        delta = None if delta_255 is None else torch.from_numpy(delta_255).to(device)
+        for start in range(0, len(images), batch_size):
+            pixels = torch.from_numpy(images[start : start + batch_size]).to(device)
+            if delta is not None:
+                pixels = (pixels.to(torch.int16) + delta).clamp_(0, 255)
+            logits = model(pixels.float().contiguous(memory_format=torch.channels_last))
+            predictions.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(predictions)
 
 

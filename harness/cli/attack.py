@@ -18,6 +18,7 @@ from harness.cli.options import (
     json_option,
     make_context,
     variant_options,
+    working_in,
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
@@ -77,14 +78,16 @@ def attack_device(
       harness attack-device --uap cache/full_eps10.pt --onnx detector.onnx
     """
     from devices.registry import device_named
-    from harness.pipeline.experiment import attack_tasks
-    from harness.pipeline.tasks import run_tasks
 
     device = device_named(device_name)
     if models or all_models:
         variants: list[str] | None = chosen_variants(models, all_models)
     else:
         variants = [] if onnx_files else None
+
+    from harness.pipeline.experiment import attack_tasks
+    from harness.pipeline.tasks import run_tasks
+
     workspace = existing_or_new_workspace(root)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     tasks, victims, paths = attack_tasks(
@@ -97,7 +100,7 @@ def attack_device(
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
-    with workspace.locked():
+    with working_in(workspace):
         run_tasks(tasks, context.reporter)
     _print_rows(context, victims, paths, device, as_json=as_json)
 

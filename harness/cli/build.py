@@ -17,6 +17,7 @@ from harness.cli.options import (
     json_option,
     make_context,
     variant_options,
+    working_in,
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
@@ -54,11 +55,11 @@ def train(
       harness train --all
       harness train --model full --model q4
     """
-    from harness.pipeline.checkpoints import train_tasks
-
     variants = chosen_variants(models, all_models)
 
     def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        from harness.pipeline.checkpoints import train_tasks
+
         paths = [context.workspace.checkpoint(name) for name in variants]
         return train_tasks(context, variants), paths
 
@@ -105,9 +106,6 @@ def craft(
       harness craft --model q4 --eps 10 --target 3
       harness craft --control chessboard --eps 10
     """
-    from harness.pipeline.checkpoints import train_tasks
-    from harness.pipeline.uaps import craft_tasks
-
     sources = list(controls)
     if models or all_models or not controls:
         sources += chosen_variants(models, all_models)
@@ -116,6 +114,9 @@ def craft(
             raise UsageError(f"--eps {value:g} must be above 0 and at most 255 (1/255 units)")
 
     def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        from harness.pipeline.checkpoints import train_tasks
+        from harness.pipeline.uaps import craft_tasks
+
         names = _uap_names(context, sources, eps, targets)
         trained = [name for name in sources if name not in CONTROLS]
         paths = [context.workspace.uap(name) for name in names]
@@ -150,12 +151,12 @@ def export(
       harness export --all
       harness export --model sfp --json
     """
-    from harness.pipeline.checkpoints import train_tasks
-    from harness.pipeline.exports import export_tasks
-
     variants = chosen_variants(models, all_models)
 
     def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        from harness.pipeline.checkpoints import train_tasks
+        from harness.pipeline.exports import export_tasks
+
         paths = [context.workspace.onnx(name) for name in variants]
         return train_tasks(context, variants) + export_tasks(context, variants), paths
 
@@ -196,15 +197,15 @@ def _build(
     """Run a command's tasks and print the files they leave."""
     import json
 
-    from harness.pipeline.tasks import run_tasks
-
     workspace = existing_or_new_workspace(root)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     tasks, paths = make_tasks(context)
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
-    with workspace.locked():
+    from harness.pipeline.tasks import run_tasks
+
+    with working_in(workspace):
         run_tasks(tasks, context.reporter)
     shown = [str(path) for path in paths]
     click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(shown))

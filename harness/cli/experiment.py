@@ -14,6 +14,7 @@ from harness.cli.options import (
     dry_run_option,
     json_option,
     make_context,
+    working_in,
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
@@ -90,13 +91,13 @@ def run(
     from reports.report import write_report
 
     device = device_named(device_name)
-    workspace = _workspace(root, preset, dataset, seed, write=not dry_run)
+    workspace = _workspace(root, preset, dataset, seed)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     tasks = experiment_tasks(context, list(PAPER_ORDER), device)
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
-    with workspace.locked():
+    with working_in(workspace):
         run_tasks(tasks, context.reporter)
         with context.open_store() as store:
             paths = write_report(store, workspace.report, device=device.name)
@@ -139,7 +140,7 @@ def plan(
     from harness.pipeline.experiment import experiment_tasks
 
     device = device_named(device_name)
-    workspace = _workspace(root, preset, dataset, seed, write=False)
+    workspace = _workspace(root, preset, dataset, seed)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     print_plan(context, experiment_tasks(context, list(PAPER_ORDER), device), as_json=as_json)
 
@@ -156,24 +157,16 @@ def _configuration(preset: str | None, dataset: str | None, seed: int | None) ->
     return config if seed is None else replace(config, seed=seed)
 
 
-def _workspace(
-    root: Path, preset: str | None, dataset: str | None, seed: int | None, *, write: bool
-) -> Workspace:
-    """The workspace, created where there is none; flags must agree with one that is there.
+def _workspace(root: Path, preset: str | None, dataset: str | None, seed: int | None) -> Workspace:
+    """The workspace, a new one not written yet; flags must agree with one that is there.
 
     Raises:
         UsageError: a flag contradicts harness.toml.
     """
-    from harness.workspace import CONFIG_NAME, Workspace, create_workspace, open_workspace
+    from harness.workspace import CONFIG_NAME, Workspace, open_workspace
 
     if not (root / CONFIG_NAME).exists():
-        config = _configuration(preset, dataset, seed)
-        if not write:
-            return Workspace(root, config)
-        workspace = create_workspace(root, config)
-        note = f"wrote {root / CONFIG_NAME} (preset {config.preset}, {config.dataset})"
-        click.echo(f"new workspace: {note}", err=True)
-        return workspace
+        return Workspace(root, _configuration(preset, dataset, seed))
     workspace = open_workspace(root)
     wanted = _configuration(preset or workspace.config.preset, dataset, seed)
     given = {"preset": preset, "dataset": dataset, "seed": seed}

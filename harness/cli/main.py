@@ -6,8 +6,10 @@ them, so that `--help` is quick.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -17,8 +19,39 @@ from harness.records import HarnessError
 INTERRUPTED = 130
 
 
+def _print_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    """The installed version, or that of the source tree this runs from without an install."""
+    import importlib.metadata
+    import tomllib
+
+    if not wanted:
+        return
+    try:
+        version = importlib.metadata.version("uap-edge-harness")
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        version = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    click.echo(version)
+    context.exit()
+
+
+def version() -> str:
+    """The installed version; where there was no install step, that it is a source tree."""
+    try:
+        return importlib.metadata.version("uap-edge-harness")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree, not installed"
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="uap-edge-harness", message="%(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def cli() -> None:
     """Which compression method survives universal attacks, measured where the model runs.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -75,15 +76,38 @@ def stderr_console() -> Console:
 
 
 def existing_or_new_workspace(root: Path) -> Workspace:
-    """The workspace in `root`; where there is none, one with the quickstart defaults."""
+    """The workspace in `root`; where there is none, one with the quickstart defaults.
+
+    A new one is not on disk before `working_in`: a request that fails leaves nothing behind.
+    """
     from harness.config import preset_named
-    from harness.workspace import CONFIG_NAME, create_workspace, open_workspace
+    from harness.workspace import CONFIG_NAME, Workspace, open_workspace
 
     if (root / CONFIG_NAME).exists():
         return open_workspace(root)
-    workspace = create_workspace(root, preset_named("quickstart"))
-    click.echo(f"new workspace: wrote {root / CONFIG_NAME} (preset quickstart)", err=True)
-    return workspace
+    return Workspace(root, preset_named("quickstart"))
+
+
+@contextmanager
+def working_in(workspace: Workspace) -> Iterator[None]:
+    """Hold the workspace for writing: written first when it is new, rid of what a kill left.
+
+    Raises:
+        HarnessError: another harness is working there, or the folder cannot be written.
+    """
+    from harness.workspace import CONFIG_NAME, create_workspace
+
+    config = workspace.config
+    if not (workspace.root / CONFIG_NAME).exists():
+        create_workspace(workspace.root, config)
+        note = f"wrote {workspace.root / CONFIG_NAME} (preset {config.preset}, {config.dataset})"
+        click.echo(f"new workspace: {note}", err=True)
+    with workspace.locked():
+        # Killed between a temporary file and its rename: only the holder of the lock writes here.
+        for folder in (workspace.cache, workspace.cache / ".partial"):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield
 
 
 def make_context(workspace: Workspace, *, accelerator: str, data_dir: Path | None) -> Context:

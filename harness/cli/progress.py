@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from harness.pipeline.tasks import Task
 
 PLAIN_INTERVAL_SECONDS = 15.0
-"""Between two lines of one long task, where there is no terminal."""
+"""At most, between two lines, where there is no terminal."""
 
 
 class ConsoleReporter:
@@ -38,6 +38,7 @@ class ConsoleReporter:
         """Show the bars, or start counting lines."""
         self._tasks = list(tasks)
         self._done_work = self._spent_seconds = 0.0
+        self._last_line = time.monotonic()
         self._cached = 0
         if self._console.is_terminal:
             self._progress = Progress(
@@ -55,7 +56,7 @@ class ConsoleReporter:
 
     def start(self, task: Task) -> None:
         """A task starts."""
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
         if self._progress is not None:
             self._progress.reset(
                 self._current, description=escape(task.name), total=1.0, note="", visible=True
@@ -67,8 +68,7 @@ class ConsoleReporter:
         if self._progress is not None:
             self._progress.update(self._current, completed=fraction, note=escape(note))
             self._progress.update(self._overall, completed=self._share(task, fraction), note=left)
-        elif time.monotonic() - self._last_line > PLAIN_INTERVAL_SECONDS:
-            self._last_line = time.monotonic()
+        elif self._silent_for_long():
             self.note(f"  {task.name}: {fraction:.0%}{', ' if note else ''}{note}; {left}")
 
     def finish(self, task: Task, seconds: float) -> None:
@@ -83,8 +83,8 @@ class ConsoleReporter:
         left = self._time_left(None, 0.0)
         if self._progress is not None:
             self._progress.update(self._overall, completed=self._share(None, 0.0), note=left)
-        # Crafting makes many small files; their lines would bury the rest.
-        if task.stage != "craft" or seconds > PLAIN_INTERVAL_SECONDS:
+        # Crafting makes many small files; all their lines would bury the rest.
+        if task.stage != "craft" or (self._progress is None and self._silent_for_long()):
             self.note(f"{task.name}: {seconds:.1f} s{'; ' + left if left else ''}")
 
     def end(self) -> None:
@@ -98,6 +98,10 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         """One line."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._last_line = time.monotonic()
+
+    def _silent_for_long(self) -> bool:
+        return time.monotonic() - self._last_line > PLAIN_INTERVAL_SECONDS
 
     def _share(self, task: Task | None, fraction: float) -> float:
         total = sum(t.work for t in self._tasks)

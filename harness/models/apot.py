@@ -44,13 +44,26 @@ def half_unit_table(levels: tuple[int, ...]) -> np.ndarray:
     return np.array(levels, dtype=np.uint8)[np.searchsorted(midpoints, cells)]
 
 
+def lookup(table: Tensor, cells: Tensor) -> Tensor:
+    """table[cells] for int32 cells of any shape, in their memory format.
+
+    `index_select` on flat indices is several times faster than indexing, and quantisers spend
+    most of their time here.
+    """
+    if cells.ndim == 4 and cells.is_contiguous(memory_format=torch.channels_last):
+        flat = cells.permute(0, 2, 3, 1)
+        found = table.index_select(0, flat.reshape(-1)).view(flat.shape)
+        return found.permute(0, 3, 1, 2)
+    return table.index_select(0, cells.reshape(-1)).view(cells.shape)
+
+
 class _Project(torch.autograd.Function):
     """q = nearest level of u (u clipped to [0, max] by the caller); gradient passes through."""
 
     @staticmethod
     def forward(ctx: Any, units: Tensor, table: Tensor) -> Tensor:  # noqa: ARG004
         cells = (units * 2).to(torch.int32).clamp_(0, table.numel() - 1)
-        return table[cells]
+        return lookup(table, cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004

@@ -46,8 +46,10 @@ def save_checkpoint(
     path: Path, model: ResNet, *, variant: str, key: str, meta: dict[str, Any]
 ) -> None:
     """Write the model atomically; the same model and metadata give the same bytes."""
+    # A clone, not contiguous(): that keeps odd strides where a dimension is 1, and so other bytes.
     weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
     }
     save_pt(
         path,
@@ -105,6 +107,8 @@ def _spec(values: dict[str, Any]) -> ModelSpec:
         raise ValueError("mean and std need one value a channel")
     if not all(math.isfinite(v) and v > 0 for v in spec.std_255):
         raise ValueError("std must be positive")
+    if not (math.isfinite(spec.bn_eps) and spec.bn_eps > 0):
+        raise ValueError("bn_eps must be positive")
     if spec.mask_shape is not None and not (
         min(spec.mask_shape) >= 1 and math.prod(spec.mask_shape) <= 2**24
     ):

@@ -28,6 +28,7 @@ from harness.models.apot import (
     Uniform8Conv2d,
     Uniform8Linear,
     half_unit_table,
+    lookup,
     round_through,
 )
 from harness.models.folded import batchnorm_affine
@@ -54,7 +55,7 @@ class _Levels(torch.autograd.Function):
     def forward(ctx: Any, half_units: Tensor, table: Tensor, top: int) -> Tensor:
         ctx.save_for_backward((half_units >= -0.5) & (half_units <= 2 * top - 0.5))
         codes = half_units.round().clamp_(0, 255).to(torch.int32)
-        return table[codes]
+        return lookup(table, codes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -6,12 +6,14 @@ Enters: the data and, for a compressed variant, its parent's checkpoint. Leaves:
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from harness.artefacts import cache_key
 from harness.compression import variants as compression
 from harness.compression.variants import Build, build_variant, planned_epochs, relevant_config
-from harness.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from harness.models.checkpoint import load_checkpoint, save_checkpoint
 from harness.models.folded import fold
 from harness.models.integer import integerise
 from harness.models.resnet import ResNet
@@ -50,26 +52,34 @@ def checkpoint_key(context: Context, variant: Variant) -> str:
     )
 
 
-def valid_checkpoint(context: Context, variant: Variant) -> Checkpoint | None:
-    """The variant's checkpoint if it is what the configuration asks for.
+def valid_checkpoint(context: Context, variant: Variant) -> bool:
+    """Whether the variant's checkpoint is what the configuration asks for.
 
     Raises:
         UsageError: there is a file, but it is damaged.
     """
     path = context.workspace.checkpoint(variant.name)
     if not path.exists():
-        return None
-    checkpoint = load_checkpoint(path)
-    if checkpoint.key != checkpoint_key(context, variant):
-        return None
-    if variant.parent is not None:
-        parent = variant_named(variant.parent)
-        if valid_checkpoint(context, parent) is None:
-            return None
-        parent_sha256 = context.sha256(context.workspace.checkpoint(parent.name))
-        if checkpoint.meta.get("parent_sha256") != parent_sha256:
-            return None
-    return checkpoint
+        return False
+    key, parent_sha256 = _lineage(context, path)
+    if key != checkpoint_key(context, variant):
+        return False
+    if variant.parent is None:
+        return True
+    parent = variant_named(variant.parent)
+    return (
+        valid_checkpoint(context, parent)
+        and context.sha256(context.workspace.checkpoint(parent.name)) == parent_sha256
+    )
+
+
+def _lineage(context: Context, path: Path) -> tuple[str, object]:
+    """(key, parent's sha256) of a checkpoint; read once, though every UAP asks for its source."""
+    sha256 = context.sha256(path)
+    if sha256 not in context.lineages:
+        checkpoint = load_checkpoint(path)
+        context.lineages[sha256] = (checkpoint.key, checkpoint.meta.get("parent_sha256"))
+    return context.lineages[sha256]
 
 
 def train_tasks(context: Context, names: list[str]) -> list[Task]:
@@ -83,7 +93,7 @@ def _train_task(context: Context, variant: Variant) -> Task:
         stage="train",
         name=f"train {variant.name}",
         work=TRAIN_COST[variant.method] * epochs * len(context.data.train),
-        is_done=lambda: valid_checkpoint(context, variant) is not None,
+        is_done=lambda: valid_checkpoint(context, variant),
         run=lambda progress: _train(context, variant, progress),
     )
 

@@ -34,6 +34,8 @@ class Context:
     accelerator: torch.device
     data_dir: Path | None = None
     reporter: Reporter = field(default_factory=Silent)
+    lineages: dict[str, tuple[str, object]] = field(default_factory=dict)
+    """Of checkpoint files already read, by sha256: their key, and their parent's sha256."""
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     @property

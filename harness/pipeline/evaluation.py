@@ -7,7 +7,6 @@ again.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
+import torch
 
 from devices.session import Device, DeviceSession
 from devices.timing import FULL, QUICK, LatencySettings, measure_latency
@@ -131,10 +132,10 @@ def _missing(
     model_sha256 = context.sha256(victim.onnx)
     uaps: list[str | None] = [None, *(context.sha256(path) for path in uap_paths)]
     runtimes: list[tuple[Runtime, str, str]] = [
-        ("onnxruntime", device.name, importlib.metadata.version("onnxruntime"))
+        ("onnxruntime", device.name, onnxruntime.__version__)
     ]
     if victim.checkpoint is not None:
-        runtimes.append(("torch", "local", importlib.metadata.version("torch")))
+        runtimes.append(("torch", "local", torch.__version__))
     return [
         (uap, runtime)
         for runtime, device_name, version in runtimes

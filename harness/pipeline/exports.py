@@ -46,7 +46,7 @@ def export_key(context: Context, variant: Variant) -> str:
 def valid_export(context: Context, variant: Variant) -> dict[str, Any] | None:
     """The manifest of the variant's export if file and manifest are what is asked for."""
     path = context.workspace.onnx(variant.name)
-    if not path.exists() or valid_checkpoint(context, variant) is None:
+    if not path.exists() or not valid_checkpoint(context, variant):
         return None
     try:
         manifest = load_manifest(path)

@@ -112,7 +112,7 @@ def valid_uap(context: Context, name: UapName) -> bool:
     if name.source in CONTROLS:
         return True
     variant = variant_named(name.source)
-    if valid_checkpoint(context, variant) is None:
+    if not valid_checkpoint(context, variant):
         return False
     checkpoint_sha256 = context.sha256(context.workspace.checkpoint(variant.name))
     return perturbation.meta.get("checkpoint_sha256") == checkpoint_sha256

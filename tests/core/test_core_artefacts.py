@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import zipfile
@@ -52,7 +51,7 @@ def saved_bytes(path: Path, values: dict[str, Any]) -> bytes:
     return path.read_bytes()
 
 
-# --- writing -----------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 def test_what_was_saved_is_read(tmp_path: Path) -> None:
@@ -75,10 +74,10 @@ def test_the_same_content_gives_the_same_bytes_under_any_name(tmp_path: Path) ->
 
 
 def test_bytes_do_not_depend_on_which_equal_objects_hold_the_content(tmp_path: Path) -> None:
-    one = "".join(["fu", "ll"])
+    one = str(b"full", "ascii")
     shared, separate = [1, 2], [[1, 2], [1, 2]]
     first = saved_bytes(tmp_path / "a.pt", {"a": one, "b": one, "c": [shared, shared]})
-    other = {"a": "".join(["f", "ull"]), "b": "".join(["ful", "l"]), "c": separate}
+    other = {"a": str(b"full", "ascii"), "b": str(b"full", "ascii"), "c": separate}
     assert saved_bytes(tmp_path / "b.pt", OrderedDict(other)) == first
 
 
@@ -125,7 +124,7 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
         write_atomic(tmp_path / "file" / "a.bin", b"new")
 
 
-# --- reading what is not ours --------------------------------------------------------------------
+# --- reading what is not ours -------------------------------------------------------------------
 
 
 class RunsWhenUnpickled:
@@ -210,10 +209,20 @@ def test_a_changed_value_fails_the_checksum(tmp_path: Path) -> None:
     assert "checksum of" in refused(path)
 
 
+def test_a_tensor_that_claims_to_be_a_folder_is_refused(tmp_path: Path) -> None:
+    """PyTorch would read nothing for it, and return whatever was in memory as its values."""
+    path = tmp_path / "a.pt"
+    whole = bytearray(saved_bytes(path, content()))
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"archive/data/0"))
+    whole[entry + 38] |= 0x10  # external attributes: folder
+    path.write_bytes(whole)
+    assert "archive/data/0 is a folder" in refused(path)
+
+
 def test_a_damaged_compressed_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a/data.pkl", os.urandom(64) + bytes(range(256)) * 20)
+        archive.writestr("a/data.pkl", bytes(i * i % 251 for i in range(3000)))
     whole = bytearray(path.read_bytes())
     for position in range(40, 160, 7):
         damaged = whole.copy()
@@ -253,7 +262,7 @@ def test_what_is_no_dictionary_is_refused(tmp_path: Path, value: Any) -> None:
     assert f"holds a {type(value).__name__}, not a dictionary" in refused(tmp_path / "a.pt")
 
 
-# --- unfinished work and keys --------------------------------------------------------------------
+# --- unfinished work and keys -------------------------------------------------------------------
 
 
 def test_unfinished_work_is_read_back_by_its_key_only(tmp_path: Path) -> None:
@@ -308,4 +317,3 @@ def test_the_digest_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "abc"
     path.write_bytes(b"abc")  # FIPS 180-2's first example
     assert sha256_file(path).startswith("ba7816bf8f01cfea414140de5dae2223")
-    assert io.BytesIO(path.read_bytes()).read() == b"abc"

@@ -97,7 +97,7 @@ def test_mcnemar_without_disagreement_is_one() -> None:
     assert metrics.mcnemar(wrong, wrong) == 1.0
 
 
-# --- latency ---------------------------------------------------------------------------------
+# --- latency ------------------------------------------------------------------------------------
 
 
 def process_of(n: int, **changes: Any) -> Any:

@@ -29,13 +29,13 @@ TORCH_CLEAN = (0, 1, 2, 3, 0, 1, 3, 0)  # 6 of 8 right; agrees with CLEAN on 7
 ATTACKED = (3, 1, 3, 3, 0, 2, 2, 0)  # wrong: 0 2 5 7
 TORCH_ATTACKED = (3, 1, 3, 3, 3, 2, 2, 3)  # wrong: 0 2 4 5; agrees with ATTACKED on all but 4, 7
 
-DESIGN_FIELDS = (
-    "variant method dataset preset width protocol device emulated runtime machine uap_source "
-    "uap_sha256 attack seed eps target n clean_accuracy uer uer_low uer_high uer_corrected "
-    "uer_corrected_low uer_corrected_high evasion_on_correct fooling_rate tsr tsr_excl_target "
-    "latency_p50_ms latency_p90_ms latency_verdict file_bytes params macs flops bops "
-    "peak_rss_bytes torch_agreement uer_gap created_at git_commit"
-).split()
+DESIGN_FIELDS = """
+variant method dataset preset width protocol device emulated runtime machine uap_source
+uap_sha256 attack seed eps target n clean_accuracy uer uer_low uer_high uer_corrected
+uer_corrected_low uer_corrected_high evasion_on_correct fooling_rate tsr tsr_excl_target
+latency_p50_ms latency_p90_ms latency_verdict file_bytes params macs flops bops
+peak_rss_bytes torch_agreement uer_gap created_at git_commit
+"""
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def plant(store: Store, *runs: Any) -> list[ResultRow]:
 
 
 def test_a_row_has_every_field_that_the_design_names() -> None:
-    assert set(DESIGN_FIELDS) <= {field.name for field in fields(ResultRow)}
+    assert {field.name for field in fields(ResultRow)} >= set(DESIGN_FIELDS.split())
 
 
 def test_the_row_of_a_clean_run(store: Store) -> None:

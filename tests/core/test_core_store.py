@@ -208,7 +208,9 @@ def test_a_newer_store_is_refused_unchanged(tmp_path: Path) -> None:
     assert f"newer harness (schema {SCHEMA_VERSION + 1})" in refused(path)
 
 
-@pytest.mark.parametrize("content", [b"not a database\n" * 100, b"SQLite format 3\x00" + b"\xff" * 500])
+@pytest.mark.parametrize(
+    "content", [b"not a database\n" * 100, b"SQLite format 3\x00" + b"\xff" * 500]
+)
 def test_another_kind_of_file_is_refused_unchanged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "results.db"
     path.write_bytes(content)

@@ -75,7 +75,7 @@ def test_budgets_that_nearly_agree_have_files_of_their_own() -> None:
         "cache/full_eps.pt",
         "cache/full_eps-3.pt",
         "cache/full_eps1e1.pt",
-        "cache/full_eps10_t.pt",
+        "cache/full_eps10_T4.pt",
         "cache/full_eps10_s3_t4.pt",
         "cache/full.pt",
         "cache/_eps10.pt",

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cli_cases import CONFIG, DATASET, Outcome, Tiny, environment, write_npz
+
+from harness.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """All ten variants, made by one real `harness run`. Read-only: take `workspace` to change."""
+    folder = tmp_path_factory.mktemp("tiny")
+    npz = write_npz(folder / f"{DATASET}.npz")
+    root = folder / "workspace"
+    root.mkdir()
+    (root / "harness.toml").write_text(CONFIG.format(npz=npz))
+    run = subprocess.run(
+        [sys.executable, "-m", "harness", "run"],
+        cwd=root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return Tiny(root, npz, run)
+
+
+def _copy(tiny: Tiny, to: Path) -> Path:
+    shutil.copytree(tiny.root, to, ignore=shutil.ignore_patterns("report", ".lock"))
+    return to
+
+
+@pytest.fixture
+def workspace(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the finished workspace, without its report, to do anything with."""
+    return _copy(tiny, tmp_path / "workspace")
+
+
+@pytest.fixture(scope="module")
+def module_workspace(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy that the tests of a module share; they add rows to it."""
+    return _copy(tiny, tmp_path_factory.mktemp("shared") / "workspace")
+
+
+@pytest.fixture
+def empty(tiny: Tiny, tmp_path: Path) -> Path:
+    """A workspace with the tiny configuration, and nothing built."""
+    root = tmp_path / "empty"
+    root.mkdir()
+    shutil.copy(tiny.root / "harness.toml", root)
+    return root
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """Run the command line in this process: seconds quicker than a child that imports torch."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # `main` sets it; so it is unset again
+    monkeypatch.setattr("harness.pipeline.context.CPU_THREADS", 1)
+    monkeypatch.delenv("HARNESS_DEBUG", raising=False)
+
+    def run_here(*arguments: object, cwd: Path) -> Outcome:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            main()
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Outcome(code, out, err)
+
+    yield run_here
+    torch.set_num_threads(threads)

@@ -1,0 +1,101 @@
+"""The CUDA path: the same stages on a GPU. Run with `pytest -m gpu` where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness.compression.variants import Build, build_variant
+from harness.config import preset_named
+from harness.crafting.perturbation import random_sign, to_levels
+from harness.crafting.sgd import Request, SgdSettings, craft_sgd
+from harness.data.dataset import Dataset, Split, load_dataset
+from harness.inference import predict
+from harness.models.integer import integerise
+from harness.models.resnet import ResNet
+from harness.pipeline.checkpoints import deployed_form
+from harness.records import variant_named
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SETTINGS = SgdSettings(
+    epochs=3, batch_size=64, step=0.2, beta=8.0, shuffle=True, batch_statistics=False
+)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_dataset("digits", attack_images=256, evaluation_images=200, seed=0)
+
+
+def train(name: str, data: Dataset, parent: ResNet | None, folder: Path) -> ResNet:
+    config = preset_named("quickstart")
+    config = replace(config, train=replace(config.train, epochs=4, apot_epochs=1))
+    return build_variant(
+        Build(
+            variant=variant_named(name),
+            config=config,
+            data=data,
+            parent=parent,
+            key=name,
+            partial=folder / f"{name}.pt",
+            device=CUDA,
+            progress=lambda done, total, note: None,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def full(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> ResNet:
+    return train("full", data, None, tmp_path_factory.mktemp("full"))
+
+
+def accuracy(predictions: np.ndarray, split: Split) -> float:
+    return float(np.mean(predictions == split.labels))
+
+
+def test_trained_on_cuda_predicts_the_same_on_cpu(data: Dataset, full: ResNet) -> None:
+    images = data.evaluation.images
+    on_gpu = predict(full.to(CUDA), images, None, device=CUDA)
+    on_cpu = predict(full.to(CPU), images, None, device=CPU)
+    assert accuracy(on_gpu, data.evaluation) > 0.8
+    assert np.mean(on_gpu == on_cpu) >= 0.995
+
+
+def test_integer_network_is_exact_on_cuda(data: Dataset, full: ResNet, tmp_path: Path) -> None:
+    twin = integerise(train("q4", data, full.to(CPU), tmp_path).to(CPU))
+    pixels = torch.from_numpy(data.evaluation.images[:64]).float()
+    with torch.inference_mode():
+        stem_cpu = twin.stem(pixels - twin.mean_255)
+        twin.to(CUDA)
+        stem_gpu = twin.stem(pixels.to(CUDA) - twin.mean_255)
+    assert torch.equal(stem_cpu, stem_gpu.cpu())
+
+
+def test_crafting_on_cuda_beats_random_sign(data: Dataset, full: ResNet, tmp_path: Path) -> None:
+    model = deployed_form(full.to(CPU)).to(CUDA)
+    crafted = craft_sgd(
+        model,
+        data.attack,
+        Request(10.0),
+        SETTINGS,
+        seed=0,
+        key="uap",
+        partial=tmp_path / "uap.pt",
+        device=CUDA,
+        progress=lambda images: None,
+    )
+    assert np.abs(crafted.delta_255).max() <= 10.0
+    split = data.evaluation
+    uap = to_levels(crafted.delta_255, eps=10.0)
+    control = to_levels(random_sign(uap.shape, eps=10.0, seed=1), eps=10.0)
+    attacked = predict(model, split.images, uap, device=CUDA)
+    under_control = predict(model, split.images, control, device=CUDA)
+    assert accuracy(attacked, split) < accuracy(under_control, split) - 0.2
