@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -34,13 +35,16 @@ from harness.records import CONTROLS, PAPER_ORDER, VARIANTS
 Row = dict[str, Any]
 
 # DESIGN, section 5.
-FIELDS = """
+FIELDS = re.findall(
+    r"\w+",
+    """
 variant method dataset preset width protocol device emulated runtime machine uap_source uap_sha256
 attack seed eps target n clean_accuracy uer uer_low uer_high uer_corrected uer_corrected_low
 uer_corrected_high evasion_on_correct fooling_rate tsr tsr_excl_target latency_p50_ms
 latency_p90_ms latency_verdict file_bytes params macs flops bops peak_rss_bytes torch_agreement
 uer_gap created_at git_commit
-""".split()
+""",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def of_variant(names: set[str], variants: set[str]) -> set[str]:
     """The files that belong to one of the variants: sfp_eps10.pt, not sfp_cutout_eps10.pt."""
 
     def owner(name: str) -> str:
-        return name.split("_eps")[0].split(".")[0]
+        return name.partition(".")[0].partition("_eps")[0]
 
     return {name for name in names if owner(name) in variants}
 

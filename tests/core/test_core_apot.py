@@ -15,6 +15,7 @@ from harness.models.apot import (
     Uniform8Conv2d,
     Uniform8Linear,
     half_unit_table,
+    lookup,
 )
 
 BITS = (2, 3, 4)
@@ -88,6 +89,27 @@ def test_the_table_gives_the_nearest_level(levels: tuple[int, ...]) -> None:
     x = np.linspace(0, 127.999, 20_001)
     x = x[not_ties(x, levels)]
     assert np.array_equal(table[np.floor(2 * x).astype(int)], nearest(x, levels))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        torch.arange(7, dtype=torch.int32),
+        torch.arange(120, dtype=torch.int32).view(2, 3, 4, 5),
+        torch.arange(120, dtype=torch.int32)
+        .view(2, 3, 4, 5)
+        .contiguous(memory_format=torch.channels_last),
+        torch.arange(120, dtype=torch.int32).view(5, 4, 3, 2).permute(3, 1, 0, 2),
+        torch.zeros((0, 3, 4, 5), dtype=torch.int32),
+    ],
+    ids=["flat", "images", "channels last", "transposed", "empty"],
+)
+def test_a_lookup_is_an_index_in_any_layout(cells: torch.Tensor) -> None:
+    table = torch.rand(256, generator=torch.Generator().manual_seed(0))
+    found = lookup(table, cells)
+    assert torch.equal(found, table[cells.long()])
+    if cells.ndim == 4 and cells.is_contiguous(memory_format=torch.channels_last):
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("bits", BITS)
