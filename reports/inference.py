@@ -241,8 +241,14 @@ def saturated_fraction(view: View, variant: VariantView) -> float | None:
 
 
 def _saturation_flag(view: View, variant: VariantView) -> list[Flag]:
-    value = saturated_fraction(view, variant)
-    return [Flag("saturated", value, MAX_SATURATED)] if value and value > MAX_SATURATED else []
+    """More samples beyond the loss clamp, hence without a gradient, than misclassified images.
+
+    Where the attack has won, a saturated sample is simply one that is misclassified already.
+    """
+    value, own = saturated_fraction(view, variant), variant.white_box
+    if value is None or own is None or value <= max(MAX_SATURATED, _rate(own)):
+        return []
+    return [Flag("saturated", value, _rate(own))]
 
 
 # --- choosing ------------------------------------------------------------------------------------

@@ -90,7 +90,10 @@ def flag_text(flag: Flag) -> str:
             f"its white-box UER falls from {reference} to {value} as the budget grows from"
             f" {flag.other}, beyond the intervals"
         )
-    return f"{value} of the samples gave a saturated loss, hence no gradient, while crafting"
+    return (
+        f"{value} of the samples gave a saturated loss, hence no gradient, while crafting, but only"
+        f" {reference} of the images are misclassified"
+    )
 
 
 def short_flag(flag: Flag) -> str:

@@ -124,6 +124,10 @@ def _shape(values: Any) -> tuple[int, int, int]:
 def _check_weights(path: Path, spec: ModelSpec, weights: Any) -> None:
     with torch.device("meta"):
         expected = ResNet(spec).state_dict()
+    if spec.mask_stage is not None and spec.mask_shape is not None:
+        channels = spec.width * 2 ** (spec.mask_stage - 1)
+        if spec.mask_shape[0] != channels:
+            raise UsageError(f"checkpoint {path}: its mask does not fit stage {spec.mask_stage}")
     if not isinstance(weights, dict) or set(weights) != set(expected):
         raise UsageError(f"checkpoint {path} does not hold the weights of a {spec.arch}")
     for name, tensor in weights.items():
@@ -133,3 +137,7 @@ def _check_weights(path: Path, spec: ModelSpec, weights: Any) -> None:
             raise UsageError(f"checkpoint {path}: {name} is not a plain {expected[name].dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise UsageError(f"checkpoint {path}: {name} holds values that are not finite")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise UsageError(f"checkpoint {path}: {name} holds negative variances")
+        if name.endswith(".mask") and not bool(((tensor == 0) | (tensor == 1)).all()):
+            raise UsageError(f"checkpoint {path}: {name} holds more than zeros and ones")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -237,10 +238,8 @@ def edit(root: Path, old: str, new: str) -> None:
 def error_line(outcome: Outcome) -> str:
     """The one line that says what went wrong; the rest may only be notes and click's usage."""
     assert "Traceback" not in outcome.err
-    notes = ("new workspace:", "CIFAR-10: fetching", "Usage: ", "Try '")
-    lines = [
-        line for line in outcome.err.splitlines() if line.strip() and not line.startswith(notes)
-    ]
+    notes = re.compile(r"$|new workspace: |CIFAR-10: fetching |Usage: |Try '|\d+ already built ")
+    lines = [line for line in outcome.err.splitlines() if not notes.match(line)]
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith(("error: ", "Error: ")), outcome.err
     return lines[0]

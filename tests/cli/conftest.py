@@ -72,12 +72,10 @@ def run(
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
         capfd.readouterr()
-        try:
+        with pytest.raises(SystemExit) as ended:
             main()
-        except SystemExit as ended:
-            assert isinstance(ended.code, int)
-            return Outcome(ended.code, *capfd.readouterr())
-        raise AssertionError("main() returned")
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, *capfd.readouterr())
 
     yield run_here
     torch.set_num_threads(threads)
