@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import sys
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from harness.records import (
-    CostCard,
     EvaluationSet,
     HarnessError,
-    LatencyProcess,
     LatencyRun,
     Machine,
     ModelRecord,
     PredictionRun,
     Runtime,
     UapRecord,
+)
+from harness.store_rows import (
+    model_of,
+    pack_classes,
+    process_of,
+    shape_of,
+    uap_of,
+    unpack_classes,
 )
 
 SCHEMA_VERSION = 1
@@ -114,7 +118,7 @@ class Store:
                     record.sha256,
                     record.dataset,
                     json.dumps(record.classes),
-                    _pack_classes(record.labels),
+                    pack_classes(record.labels),
                     json.dumps(record.image_shape),
                     record.examples,
                     record.note,
@@ -178,7 +182,7 @@ class Store:
                         int(run.emulated),
                         run.runtime,
                         json.dumps(asdict(run.machine)),
-                        _pack_classes(run.predictions),
+                        pack_classes(run.predictions),
                         run.seconds,
                         _now(),
                         self._git_commit,
@@ -220,8 +224,8 @@ class Store:
                 sha256=row["sha256"],
                 dataset=row["dataset"],
                 classes=tuple(json.loads(row["classes"])),
-                labels=_unpack_classes(row["labels"]),
-                image_shape=_shape(row["image_shape"]),
+                labels=unpack_classes(row["labels"]),
+                image_shape=shape_of(row["image_shape"]),
                 examples=row["examples"],
                 note=row["note"],
             )
@@ -231,14 +235,14 @@ class Store:
     def models(self, *, current_only: bool = True) -> dict[str, ModelRecord]:
         """Models by sha256; by default only the one registered last for each variant."""
         query = "SELECT * FROM model ORDER BY registered"
-        records = [_model(row) for row in self._db.execute(query)]
+        records = [model_of(row) for row in self._db.execute(query)]
         if current_only:
             records = list({record.variant: record for record in records}.values())
         return {record.sha256: record for record in records}
 
     def uaps(self, *, current_only: bool = True) -> dict[str, UapRecord]:
         """Perturbations by sha256; by default the last registered of each (source, eps, ...)."""
-        records = [_uap(row) for row in self._db.execute("SELECT * FROM uap ORDER BY registered")]
+        records = [uap_of(row) for row in self._db.execute("SELECT * FROM uap ORDER BY registered")]
         if current_only:
             latest = {
                 (u.source, u.attack, u.protocol, u.dataset, u.seed, u.eps, u.target): u
@@ -260,7 +264,7 @@ class Store:
                     emulated=bool(row["emulated"]),
                     runtime=cast(Runtime, row["runtime"]),
                     machine=Machine(**json.loads(row["machine"])),
-                    predictions=_unpack_classes(row["predictions"]),
+                    predictions=unpack_classes(row["predictions"]),
                     seconds=row["seconds"],
                 ),
                 created_at=row["created_at"],
@@ -300,7 +304,7 @@ class Store:
                     machine=Machine(**json.loads(row["machine"])),
                     mode=row["mode"],
                     threads=row["threads"],
-                    processes=tuple(_process(p) for p in json.loads(row["processes"])),
+                    processes=tuple(process_of(p) for p in json.loads(row["processes"])),
                 ),
                 created_at=row["created_at"],
                 git_commit=row["git_commit"],
@@ -347,63 +351,3 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _pack_classes(values: tuple[int, ...]) -> bytes:
-    """Class indices as little-endian uint16; -1 (no label) is not representable on purpose."""
-    packed = array("H", values)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def _unpack_classes(blob: bytes) -> tuple[int, ...]:
-    packed = array("H")
-    packed.frombytes(blob)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return tuple(packed)
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    channels, height, width = json.loads(text)
-    return (channels, height, width)
-
-
-def _model(row: sqlite3.Row) -> ModelRecord:
-    cost: dict[str, Any] = json.loads(row["cost"])
-    cost["layers"] = tuple(cost["layers"])
-    return ModelRecord(
-        sha256=row["sha256"],
-        variant=row["variant"],
-        method=row["method"],
-        dataset=row["dataset"],
-        preset=row["preset"],
-        arch=row["arch"],
-        width=row["width"],
-        seed=row["seed"],
-        cost=CostCard(**cost),
-        manifest=json.loads(row["manifest"]),
-    )
-
-
-def _uap(row: sqlite3.Row) -> UapRecord:
-    return UapRecord(
-        sha256=row["sha256"],
-        source=row["source"],
-        attack=row["attack"],
-        protocol=row["protocol"],
-        dataset=row["dataset"],
-        seed=row["seed"],
-        eps=row["eps"],
-        target=row["target"],
-        shape=_shape(row["shape"]),
-        delta=row["delta"],
-        meta=json.loads(row["meta"]),
-    )
-
-
-def _process(values: dict[str, Any]) -> LatencyProcess:
-    for name in ("warmup_ns", "samples_ns", "telemetry"):
-        values[name] = tuple(values[name])
-    return LatencyProcess(**values)

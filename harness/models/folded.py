@@ -95,7 +95,7 @@ def fold(model: ResNet) -> FoldedResNet:
     """The same function as `model.eval()`, with every batch norm folded into its convolution.
 
     Raises:
-        ValueError: the model is quantised; use `harness.models.integer.integerise`.
+        ValueError: the model is quantised; use `harness.models.integerise`.
     """
     if model.spec.bits is not None:
         raise ValueError("a quantised model has no float folding: integerise it")

@@ -15,7 +15,7 @@ from harness.compression import variants as compression
 from harness.compression.variants import Build, build_variant, planned_epochs, relevant_config
 from harness.models.checkpoint import load_checkpoint, save_checkpoint
 from harness.models.folded import fold
-from harness.models.integer import integerise
+from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.context import Context
 from harness.pipeline.tasks import Progress, Task

@@ -21,7 +21,7 @@ from torch import nn
 
 from harness.crafting.sgd import _batch_gradient
 from harness.models.folded import fold
-from harness.models.integer import integerise
+from harness.models.integerise import integerise
 from harness.models.resnet import ModelSpec, ResNet, build_model
 
 WIDTH = 16

@@ -24,7 +24,7 @@ from export.integer_graph import integer_graph
 from export.slim import slim
 from export.verify import RunSettings, open_session
 from harness.models.folded import FoldedResNet, fold
-from harness.models.integer import integerise
+from harness.models.integerise import integerise
 from harness.models.resnet import ModelSpec, build_model
 
 SHAPE = (3, 32, 32)

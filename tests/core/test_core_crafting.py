@@ -35,7 +35,7 @@ from harness.crafting.perturbation import (
 from harness.crafting.sgd import Crafted, Request, SgdSettings, craft_sgd
 from harness.inference import predict
 from harness.models.folded import fold
-from harness.models.integer import integerise
+from harness.models.integerise import integerise
 from harness.records import UsageError
 
 SETTINGS = SgdSettings(

@@ -12,13 +12,8 @@ from torch import nn
 
 from harness.models.apot import ACTIVATION_LEVELS, ApotConv2d, half_unit_table
 from harness.models.folded import batchnorm_affine
-from harness.models.integer import (
-    EXACT_LIMIT,
-    IntegerConv,
-    IntegerResNet,
-    LevelTable,
-    integerise,
-)
+from harness.models.integer import IntegerConv, IntegerResNet, LevelTable
+from harness.models.integerise import EXACT_LIMIT, integerise
 from harness.models.resnet import ResNet, build_model
 
 BITS = (2, 3, 4)

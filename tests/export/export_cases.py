@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.models.folded import FoldedResNet, fold
-from harness.models.integer import IntegerResNet, integerise
+from harness.models.integer import IntegerResNet
+from harness.models.integerise import integerise
 from harness.models.resnet import ModelSpec, ResNet, build_model
 
 CLASSES = 10

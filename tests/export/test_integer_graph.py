@@ -14,7 +14,8 @@ from export.cost import cost_card
 from export.graph import serialise
 from export.integer_graph import exposed_layers, integer_graph
 from export.verify import RunSettings, open_session, run, verify_integer
-from harness.models.integer import IntegerResNet, LevelTable, integerise
+from harness.models.integer import IntegerResNet, LevelTable
+from harness.models.integerise import integerise
 from harness.models.resnet import build_model
 
 BITS = (2, 3, 4)

@@ -15,7 +15,7 @@ from harness.crafting.perturbation import random_sign, to_levels
 from harness.crafting.sgd import Request, SgdSettings, craft_sgd
 from harness.data.dataset import Dataset, Split, load_dataset
 from harness.inference import predict
-from harness.models.integer import integerise
+from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.checkpoints import deployed_form
 from harness.records import variant_named
