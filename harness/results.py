@@ -22,7 +22,8 @@ from harness.records import (
     ResultRow,
     UapRecord,
 )
-from harness.store import Store, StoredPrediction
+from harness.store import Store
+from harness.store_rows import StoredPrediction
 
 
 @dataclass(frozen=True)

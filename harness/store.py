@@ -11,28 +11,29 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from harness.records import (
     EvaluationSet,
     HarnessError,
     LatencyRun,
-    Machine,
     ModelRecord,
     PredictionRun,
     Runtime,
     UapRecord,
 )
 from harness.store_rows import (
+    StoredLatency,
+    StoredPrediction,
+    evaluation_set_of,
+    latency_of,
     model_of,
     pack_classes,
-    process_of,
-    shape_of,
+    prediction_of,
     uap_of,
-    unpack_classes,
 )
 
 SCHEMA_VERSION = 1
@@ -63,26 +64,6 @@ CREATE TABLE latency_run (
     mode TEXT NOT NULL, threads INTEGER NOT NULL, processes TEXT NOT NULL,
     created_at TEXT NOT NULL, git_commit TEXT);
 """
-
-
-@dataclass(frozen=True)
-class StoredPrediction:
-    """A `PredictionRun` with what the store added when it was written."""
-
-    id: int
-    run: PredictionRun
-    created_at: str
-    git_commit: str | None
-
-
-@dataclass(frozen=True)
-class StoredLatency:
-    """A `LatencyRun` with what the store added when it was written."""
-
-    id: int
-    run: LatencyRun
-    created_at: str
-    git_commit: str | None
 
 
 class Store:
@@ -220,15 +201,7 @@ class Store:
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
         """Every evaluation set, by sha256."""
         return {
-            row["sha256"]: EvaluationSet(
-                sha256=row["sha256"],
-                dataset=row["dataset"],
-                classes=tuple(json.loads(row["classes"])),
-                labels=unpack_classes(row["labels"]),
-                image_shape=shape_of(row["image_shape"]),
-                examples=row["examples"],
-                note=row["note"],
-            )
+            row["sha256"]: evaluation_set_of(row)
             for row in self._db.execute("SELECT * FROM evaluation_set")
         }
 
@@ -254,22 +227,7 @@ class Store:
     def predictions(self) -> list[StoredPrediction]:
         """Every prediction run, oldest first."""
         return [
-            StoredPrediction(
-                id=row["id"],
-                run=PredictionRun(
-                    model_sha256=row["model_sha256"],
-                    evaluation_sha256=row["evaluation_sha256"],
-                    uap_sha256=row["uap_sha256"],
-                    device=row["device"],
-                    emulated=bool(row["emulated"]),
-                    runtime=cast(Runtime, row["runtime"]),
-                    machine=Machine(**json.loads(row["machine"])),
-                    predictions=unpack_classes(row["predictions"]),
-                    seconds=row["seconds"],
-                ),
-                created_at=row["created_at"],
-                git_commit=row["git_commit"],
-            )
+            prediction_of(row)
             for row in self._db.execute("SELECT * FROM prediction_run ORDER BY id")
         ]
 
@@ -294,22 +252,7 @@ class Store:
     def latencies(self) -> list[StoredLatency]:
         """Every latency run, oldest first."""
         return [
-            StoredLatency(
-                id=row["id"],
-                run=LatencyRun(
-                    model_sha256=row["model_sha256"],
-                    device=row["device"],
-                    emulated=bool(row["emulated"]),
-                    runtime=cast(Runtime, row["runtime"]),
-                    machine=Machine(**json.loads(row["machine"])),
-                    mode=row["mode"],
-                    threads=row["threads"],
-                    processes=tuple(process_of(p) for p in json.loads(row["processes"])),
-                ),
-                created_at=row["created_at"],
-                git_commit=row["git_commit"],
-            )
-            for row in self._db.execute("SELECT * FROM latency_run ORDER BY id")
+            latency_of(row) for row in self._db.execute("SELECT * FROM latency_run ORDER BY id")
         ]
 
 

@@ -6,9 +6,40 @@ import json
 import sqlite3
 import sys
 from array import array
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
-from harness.records import CostCard, LatencyProcess, ModelRecord, UapRecord
+from harness.records import (
+    CostCard,
+    EvaluationSet,
+    LatencyProcess,
+    LatencyRun,
+    Machine,
+    ModelRecord,
+    PredictionRun,
+    Runtime,
+    UapRecord,
+)
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """A `PredictionRun` with what the store added when it was written."""
+
+    id: int
+    run: PredictionRun
+    created_at: str
+    git_commit: str | None
+
+
+@dataclass(frozen=True)
+class StoredLatency:
+    """A `LatencyRun` with what the store added when it was written."""
+
+    id: int
+    run: LatencyRun
+    created_at: str
+    git_commit: str | None
 
 
 def pack_classes(values: tuple[int, ...]) -> bytes:
@@ -69,3 +100,52 @@ def process_of(values: dict[str, Any]) -> LatencyProcess:
     for name in ("warmup_ns", "samples_ns", "telemetry"):
         values[name] = tuple(values[name])
     return LatencyProcess(**values)
+
+
+def evaluation_set_of(row: sqlite3.Row) -> EvaluationSet:
+    return EvaluationSet(
+        sha256=row["sha256"],
+        dataset=row["dataset"],
+        classes=tuple(json.loads(row["classes"])),
+        labels=unpack_classes(row["labels"]),
+        image_shape=shape_of(row["image_shape"]),
+        examples=row["examples"],
+        note=row["note"],
+    )
+
+
+def prediction_of(row: sqlite3.Row) -> StoredPrediction:
+    return StoredPrediction(
+        id=row["id"],
+        run=PredictionRun(
+            model_sha256=row["model_sha256"],
+            evaluation_sha256=row["evaluation_sha256"],
+            uap_sha256=row["uap_sha256"],
+            device=row["device"],
+            emulated=bool(row["emulated"]),
+            runtime=cast(Runtime, row["runtime"]),
+            machine=Machine(**json.loads(row["machine"])),
+            predictions=unpack_classes(row["predictions"]),
+            seconds=row["seconds"],
+        ),
+        created_at=row["created_at"],
+        git_commit=row["git_commit"],
+    )
+
+
+def latency_of(row: sqlite3.Row) -> StoredLatency:
+    return StoredLatency(
+        id=row["id"],
+        run=LatencyRun(
+            model_sha256=row["model_sha256"],
+            device=row["device"],
+            emulated=bool(row["emulated"]),
+            runtime=cast(Runtime, row["runtime"]),
+            machine=Machine(**json.loads(row["machine"])),
+            mode=row["mode"],
+            threads=row["threads"],
+            processes=tuple(process_of(p) for p in json.loads(row["processes"])),
+        ),
+        created_at=row["created_at"],
+        git_commit=row["git_commit"],
+    )

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from harness.artefacts import cache_key
+from harness.config import MAX_EPS_255
 from harness.crafting.perturbation import (
     Perturbation,
     chessboard,
@@ -34,6 +35,8 @@ from harness.records import CONTROLS, UsageError, variant_named
 from harness.workspace import UapName
 
 VERSION = 1
+MAX_SEED = 2**31
+"""As in harness.toml."""
 CRAFT_COST = {"full": 2.2, "sfp": 2.2, "pp": 2.2, "apot": 4.5}
 """Forward passes that one image of one step costs: forward and input gradient."""
 
@@ -70,7 +73,7 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
     """Craft the named perturbations. Their sources' checkpoints are made by tasks before these.
 
     Raises:
-        UsageError: a source, target, attack or budget that does not exist.
+        UsageError: a source, target, attack, budget or seed that does not exist.
     """
     loaded = _LoadedModel(context)
     return [_craft_task(context, name, loaded) for name in names]
@@ -140,6 +143,13 @@ class _LoadedModel:
 
 def _craft_task(context: Context, name: UapName, loaded: _LoadedModel) -> Task:
     control = name.source in CONTROLS
+    if not 0 < name.eps <= MAX_EPS_255:
+        raise UsageError(
+            f"{name.stem}: eps {name.eps:g} must be above 0 and at most {MAX_EPS_255:g} "
+            "(1/255 units)"
+        )
+    if name.seed >= MAX_SEED:
+        raise UsageError(f"{name.stem}: seed {name.seed} must be below 2^31")
     if control and name.target is not None:
         raise UsageError(f"{name.stem}: a control has no target class")
     if not control:
