@@ -6,8 +6,6 @@ Enters: the data and, for a compressed variant, its parent's checkpoint. Leaves:
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from harness.artefacts import cache_key
@@ -53,7 +51,7 @@ def checkpoint_key(context: Context, variant: Variant) -> str:
 
 
 def valid_checkpoint(context: Context, variant: Variant) -> bool:
-    """Whether the variant's checkpoint is what the configuration asks for.
+    """Whether the variant's checkpoint is there and is what the configuration asks for.
 
     Raises:
         UsageError: there is a file, but it is damaged.
@@ -61,25 +59,15 @@ def valid_checkpoint(context: Context, variant: Variant) -> bool:
     path = context.workspace.checkpoint(variant.name)
     if not path.exists():
         return False
-    key, parent_sha256 = _lineage(context, path)
+    key, meta = context.checkpoint_header(path)
     if key != checkpoint_key(context, variant):
         return False
     if variant.parent is None:
         return True
-    parent = variant_named(variant.parent)
-    return (
-        valid_checkpoint(context, parent)
-        and context.sha256(context.workspace.checkpoint(parent.name)) == parent_sha256
-    )
-
-
-def _lineage(context: Context, path: Path) -> tuple[str, object]:
-    """(key, parent's sha256) of a checkpoint; read once, though every UAP asks for its source."""
-    sha256 = context.sha256(path)
-    if sha256 not in context.lineages:
-        checkpoint = load_checkpoint(path)
-        context.lineages[sha256] = (checkpoint.key, checkpoint.meta.get("parent_sha256"))
-    return context.lineages[sha256]
+    if not valid_checkpoint(context, variant_named(variant.parent)):
+        return False
+    parent_sha256 = context.sha256(context.workspace.checkpoint(variant.parent))
+    return bool(meta.get("parent_sha256") == parent_sha256)
 
 
 def train_tasks(context: Context, names: list[str]) -> list[Task]:

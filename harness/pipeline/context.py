@@ -9,12 +9,14 @@ import subprocess
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from harness.artefacts import sha256_file
 from harness.config import Config
 from harness.data.dataset import Dataset, load_dataset
+from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.tasks import Reporter, Silent
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
@@ -37,6 +39,7 @@ class Context:
     lineages: dict[str, tuple[str, object]] = field(default_factory=dict)
     """Of checkpoint files already read, by sha256: their key, and their parent's sha256."""
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    _headers: dict[tuple[str, int, int], tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -86,11 +89,22 @@ class Context:
 
     def sha256(self, path: Path) -> str:
         """Digest of a file, remembered until the file changes."""
-        stat = path.stat()
-        identity = (str(path), stat.st_mtime_ns, stat.st_size)
+        identity = _identity(path)
         if identity not in self._hashes:
             self._hashes[identity] = sha256_file(path)
         return self._hashes[identity]
+
+    def checkpoint_header(self, path: Path) -> tuple[str, dict[str, Any]]:
+        """(key, metadata) of a checkpoint that was checked whole, remembered until it changes.
+
+        Raises:
+            UsageError: the checkpoint is damaged.
+        """
+        identity = _identity(path)
+        if identity not in self._headers:
+            checkpoint = load_checkpoint(path)
+            self._headers[identity] = (checkpoint.key, checkpoint.meta)
+        return self._headers[identity]
 
     def evaluation_set(self) -> EvaluationSet:
         """The record of what metrics are computed on."""
@@ -105,6 +119,11 @@ class Context:
             examples=images.tobytes(),
             note=data.note,
         )
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return (str(path), stat.st_mtime_ns, stat.st_size)
 
 
 def choose_accelerator(name: str) -> torch.device:
