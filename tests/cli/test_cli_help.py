@@ -165,21 +165,26 @@ def on_a_terminal(*arguments: str, cwd: Path, **env: str) -> str:
 
 
 def test_bars_on_a_terminal_and_no_colour_when_asked(workspace: Path) -> None:
-    (workspace / "cache" / "pp2.pt").unlink()
-    command = ("export", "--model", "pp2")
+    made = workspace / "cache" / "q4.onnx"
+    made.unlink()
+    command = ("export", "--model", "q4")
     colourful = on_a_terminal(*command, cwd=workspace)
     assert COLOUR.search(colourful)
     assert "━" in colourful  # a bar
-    (workspace / "cache" / "pp2.pt").unlink()
+    made.unlink()
     plain = on_a_terminal(*command, cwd=workspace, NO_COLOR="1")
     assert not COLOUR.search(plain)
-    assert "train pp2: " in plain
-    assert "cache/pp2.onnx" in plain
+    assert "export q4: " in plain
+    assert "cache/q4.onnx" in plain
 
 
-def test_no_colour_in_what_is_piped(workspace: Path) -> None:
-    for command in (("results", "--model", "full"), ("train", "--model", "full", "--dry-run")):
-        outcome = succeeded(harness(*command, cwd=workspace, TERM="xterm-256color"))
+def test_no_colour_in_what_is_piped(
+    run: Run, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for command in ("results --model full", "train --model full --dry-run", "export --model q4"):
+        outcome = succeeded(run(*command.split(), cwd=workspace))
         assert "\x1b" not in outcome.out + outcome.err
 
 

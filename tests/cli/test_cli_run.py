@@ -247,10 +247,14 @@ def test_another_eps_adds_uaps_and_evaluations_only(workspace: Path) -> None:
     assert now - count == 10 * 3 * 2
 
 
-def test_another_learning_rate_of_pp_rebuilds_exactly_pp(workspace: Path) -> None:
+def test_another_learning_rate_of_pp_rebuilds_exactly_pp(
+    run: Callable[..., Outcome], workspace: Path
+) -> None:
     before = artefacts(workspace)
     edit(workspace, "pp_epochs = 1", "pp_epochs = 1\npp_lr = 0.02")
-    succeeded(harness("run", cwd=workspace))
+    succeeded(run("export", "--all", cwd=workspace))
+    controls = ("--control", "random", "--control", "chessboard")
+    succeeded(run("craft", "--all", *controls, cwd=workspace))
     after = artefacts(workspace)
     assert before.keys() == after.keys()
     pruned = {"pp2", "pp3", "pp4"}
@@ -258,9 +262,15 @@ def test_another_learning_rate_of_pp_rebuilds_exactly_pp(workspace: Path) -> Non
     for name in pruned:
         assert before[f"{name}.pt"][0] != after[f"{name}.pt"][0]
         assert before[f"{name}.onnx"][0] != after[f"{name}.onnx"][0]
-    # Rows describe what is there now: again one for each, and only of the new files.
-    found = json.loads(succeeded(harness("results", "--json", cwd=workspace)).out)
-    assert len(found) == 360
+    # Rows describe what is there now: none of the model that was.
+    command = ("attack-device", "--model", "pp3", "--uap", "cache/pp3_eps10.pt")
+    succeeded(run(*command, cwd=workspace))
+    found = json.loads(succeeded(run("results", "--model", "pp3", "--json", cwd=workspace)).out)
+    assert [(r["runtime"], r["uap_source"], r["eps"]) for r in found] == [
+        *(("onnxruntime", None, None), ("onnxruntime", "pp3", 10)),
+        *(("torch", None, None), ("torch", "pp3", 10)),
+    ]
+    assert all(cached(run, workspace)[f"craft {v}_eps10"] for v in PAPER_ORDER)
 
 
 def cached(run: Callable[..., Outcome], root: Path) -> dict[str, bool]:
