@@ -30,6 +30,7 @@ from harness.records import CostCard, HarnessError
 FORMAT_VERSION = 1
 """Of the manifest."""
 _CLASSES = "classes"
+_MANIFEST_KEYS = {"format", "sha256", "cost", "metadata"}
 _IMAGE_DIMS = 4
 
 
@@ -151,7 +152,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
         raise HarnessError(f"cannot read {manifest_path} ({error.strerror}): {again}") from error
     except ValueError as error:
         raise HarnessError(f"{manifest_path} is not a manifest ({error}): {again}") from error
-    if not isinstance(manifest, dict) or not {"format", "sha256", "cost"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
         raise HarnessError(f"{manifest_path} is not a manifest of an exported model: {again}")
     if manifest["format"] != FORMAT_VERSION:
         raise HarnessError(

@@ -18,7 +18,8 @@ from harness.records import BLOCKS_PER_STAGE, UsageError
 
 ATTACKS = ("sgd",)
 PROTOCOLS = ("clean", "paper")
-MAX_EPS_255 = 255.0
+MIN_EPS_255, MAX_EPS_255 = 1.0, 255.0
+"""A device receives whole pixel levels: less than one of them is nothing."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _quickstart(dataset: str | None) -> Config:
         width=8,
         preset="quickstart",
         train=TrainConfig(
-            epochs=8,
+            epochs=7,
             batch_size=64,
             lr=0.1,
             schedule="one_cycle",
@@ -306,7 +307,7 @@ def _check(config: Config, where: str) -> None:
     )
     for i, eps in enumerate((*craft.eps, craft.transfer_eps)):
         key = f"craft.eps[{i}]" if i < len(craft.eps) else "craft.transfer_eps"
-        need(0 < eps <= MAX_EPS_255, key, eps, f"above 0 and at most {MAX_EPS_255:g} (1/255 units)")
+        need(MIN_EPS_255 <= eps <= MAX_EPS_255, key, eps, "from 1 to 255 (1/255 units)")
     need(len(set(craft.eps)) == len(craft.eps), "craft.eps", list(craft.eps), "without repeats")
     if isinstance(craft.targets, str):
         need(craft.targets == "all", "craft.targets", craft.targets, '"all" or a list of classes')

@@ -55,6 +55,8 @@ class Variant:
     """The variant whose checkpoint this one starts from; None when trained from scratch."""
     bits: int | None = None
     """Weight and activation bits of the hidden layers (APoT)."""
+    augment: Literal["mixup", "cutout"] | None = None
+    """Regularisation beside soft filter pruning."""
     stage: int | None = None
     """The residual stage whose output is pruned (PP), counted as in the paper: 2, 3 or 4."""
 
@@ -62,8 +64,8 @@ class Variant:
 VARIANTS: tuple[Variant, ...] = (
     Variant("full", "full", "Full"),
     Variant("sfp", "sfp", "SFP"),
-    Variant("sfp_mixup", "sfp", "SFP+M"),
-    Variant("sfp_cutout", "sfp", "SFP+C"),
+    Variant("sfp_mixup", "sfp", "SFP+M", augment="mixup"),
+    Variant("sfp_cutout", "sfp", "SFP+C", augment="cutout"),
     Variant("pp2", "pp", "PP2", parent="full", stage=2),
     Variant("pp3", "pp", "PP3", parent="full", stage=3),
     Variant("pp4", "pp", "PP4", parent="full", stage=4),
@@ -164,8 +166,9 @@ class ModelRecord:
     dataset: str
     preset: str
     arch: str
-    width: int
-    seed: int
+    width: int | None
+    """None, like the seed, for a model the user brought."""
+    seed: int | None
     cost: CostCard
     manifest: dict[str, Any]
 
@@ -186,6 +189,8 @@ class UapRecord:
     shape: tuple[int, int, int]
     delta: bytes
     meta: dict[str, Any]
+    own: bool = True
+    """Made by this workspace; False for a file the user brought. Both may share every label."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class ResultRow:
     method: str
     dataset: str
     preset: str
-    width: int
+    width: int | None
     protocol: str | None
     device: str
     emulated: bool

@@ -18,6 +18,7 @@ from harness.metrics import Classes, Latency
 from harness.records import (
     PAPER_ORDER,
     EvaluationSet,
+    LatencyProcess,
     ModelRecord,
     ResultRow,
     UapRecord,
@@ -44,9 +45,7 @@ def result_rows(store: Store) -> list[ResultRow]:
     evaluation_sets = store.evaluation_sets()
     latest: dict[_Key, StoredPrediction] = {}
     for stored in store.predictions():
-        run = stored.run
-        known_uap = run.uap_sha256 is None or run.uap_sha256 in uaps
-        if run.model_sha256 in models and known_uap:
+        if stored.run.model_sha256 in models:
             latest[_key(stored)] = stored
     latencies = latest_latencies(store)
     rows = [
@@ -69,13 +68,20 @@ def latest_latencies(store: Store) -> dict[tuple[str, str, str], tuple[str, Late
 
     Emulated devices have no latency: an emulator's time says nothing about the board.
     """
+    processes: dict[tuple[object, ...], list[LatencyProcess]] = {}
+    newest: dict[tuple[str, str, str], tuple[str, list[LatencyProcess], int]] = {}
+    for stored in store.latencies():
+        run = stored.run
+        if run.emulated:
+            continue
+        identity = (run.model_sha256, run.device, run.runtime)
+        # A measurement is stored process by process, so that a kill loses one of them at most.
+        same = processes.setdefault((*identity, run.mode, run.threads, repr(run.machine)), [])
+        same.extend(run.processes)
+        newest[identity] = (run.mode, same, run.machine.cores)
     return {
-        (stored.run.model_sha256, stored.run.device, stored.run.runtime): (
-            stored.run.mode,
-            metrics.summarise_latency(stored.run.processes, cores=stored.run.machine.cores),
-        )
-        for stored in store.latencies()
-        if not stored.run.emulated
+        identity: (mode, metrics.summarise_latency(same, cores=cores))
+        for identity, (mode, same, cores) in newest.items()
     }
 
 
@@ -109,7 +115,7 @@ def _row(
     run = stored.run
     labels = np.asarray(evaluation.labels, dtype=np.int64)
     predicted = np.asarray(run.predictions, dtype=np.int64)
-    clean = _predictions(latest, key, uap=None)
+    clean = _predictions(latest, key, clean=True)
     torch = _predictions(latest, key, runtime="torch", device="local", emulated=False)
     accuracy = metrics.accuracy(labels, clean) if clean is not None else None
     uer = metrics.uer(labels, predicted) if uap is not None else None
@@ -184,14 +190,11 @@ def _row(
     )
 
 
-_UNSET = object()
-
-
 def _predictions(
     latest: dict[_Key, StoredPrediction],
     key: _Key,
     *,
-    uap: object = _UNSET,
+    clean: bool = False,
     runtime: str | None = None,
     device: str | None = None,
     emulated: bool | None = None,
@@ -202,7 +205,7 @@ def _predictions(
         device=device if device is not None else key.device,
         emulated=emulated if emulated is not None else key.emulated,
         runtime=runtime if runtime is not None else key.runtime,
-        uap=key.uap if uap is _UNSET else None,
+        uap=None if clean else key.uap,
         evaluation=key.evaluation,
     )
     stored = latest.get(other)

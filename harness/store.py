@@ -41,15 +41,17 @@ SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE evaluation_set (
     sha256 TEXT PRIMARY KEY, dataset TEXT NOT NULL, classes TEXT NOT NULL, labels BLOB NOT NULL,
-    image_shape TEXT NOT NULL, examples BLOB NOT NULL, note TEXT NOT NULL);
+    image_shape TEXT NOT NULL, examples BLOB NOT NULL, note TEXT NOT NULL,
+    registered INTEGER NOT NULL);
 CREATE TABLE model (
     sha256 TEXT PRIMARY KEY, variant TEXT NOT NULL, method TEXT NOT NULL, dataset TEXT NOT NULL,
-    preset TEXT NOT NULL, arch TEXT NOT NULL, width INTEGER NOT NULL, seed INTEGER NOT NULL,
+    preset TEXT NOT NULL, arch TEXT NOT NULL, width INTEGER, seed INTEGER,
     cost TEXT NOT NULL, manifest TEXT NOT NULL, registered INTEGER NOT NULL);
 CREATE TABLE uap (
     sha256 TEXT PRIMARY KEY, source TEXT NOT NULL, attack TEXT NOT NULL, protocol TEXT NOT NULL,
     dataset TEXT NOT NULL, seed INTEGER NOT NULL, eps REAL NOT NULL, target INTEGER,
-    shape TEXT NOT NULL, delta BLOB NOT NULL, meta TEXT NOT NULL, registered INTEGER NOT NULL);
+    shape TEXT NOT NULL, delta BLOB NOT NULL, meta TEXT NOT NULL, own INTEGER NOT NULL,
+    registered INTEGER NOT NULL);
 CREATE TABLE prediction_run (
     id INTEGER PRIMARY KEY, model_sha256 TEXT NOT NULL REFERENCES model,
     evaluation_sha256 TEXT NOT NULL REFERENCES evaluation_set,
@@ -91,10 +93,10 @@ class Store:
     # --- writing -------------------------------------------------------------------------------
 
     def add_evaluation_set(self, record: EvaluationSet) -> None:
-        """Register the images; the same set again changes nothing."""
+        """Register the images and make them the current set."""
         with self._transaction() as db:
             db.execute(
-                "INSERT OR IGNORE INTO evaluation_set VALUES (?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO evaluation_set VALUES (?,?,?,?,?,?,?,?)",
                 (
                     record.sha256,
                     record.dataset,
@@ -103,6 +105,7 @@ class Store:
                     json.dumps(record.image_shape),
                     record.examples,
                     record.note,
+                    self._next("evaluation_set"),
                 ),
             )
 
@@ -127,10 +130,10 @@ class Store:
             )
 
     def add_uap(self, record: UapRecord) -> None:
-        """Register a perturbation and make it the current one of its name."""
+        """Register a perturbation, as the most recent one."""
         with self._transaction() as db:
             db.execute(
-                "INSERT OR REPLACE INTO uap VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO uap VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     record.sha256,
                     record.source,
@@ -143,6 +146,7 @@ class Store:
                     json.dumps(record.shape),
                     record.delta,
                     json.dumps(record.meta),
+                    int(record.own),
                     self._next("uap"),
                 ),
             )
@@ -192,17 +196,17 @@ class Store:
                 ),
             )
 
-    def _next(self, table: Literal["model", "uap"]) -> int:
-        query = f"SELECT coalesce(max(registered), 0) + 1 FROM {table}"  # noqa: S608 - two literals
+    def _next(self, table: Literal["model", "uap", "evaluation_set"]) -> int:
+        query = f"SELECT coalesce(max(registered), 0) + 1 FROM {table}"  # noqa: S608 - literals
         return int(self._db.execute(query).fetchone()[0])
 
     # --- reading -------------------------------------------------------------------------------
 
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
-        """Every evaluation set, by sha256."""
+        """Every evaluation set by sha256, the current one last."""
         return {
             row["sha256"]: evaluation_set_of(row)
-            for row in self._db.execute("SELECT * FROM evaluation_set")
+            for row in self._db.execute("SELECT * FROM evaluation_set ORDER BY registered")
         }
 
     def models(self, *, current_only: bool = True) -> dict[str, ModelRecord]:
@@ -213,16 +217,10 @@ class Store:
             records = list({record.variant: record for record in records}.values())
         return {record.sha256: record for record in records}
 
-    def uaps(self, *, current_only: bool = True) -> dict[str, UapRecord]:
-        """Perturbations by sha256; by default the last registered of each (source, eps, ...)."""
-        records = [uap_of(row) for row in self._db.execute("SELECT * FROM uap ORDER BY registered")]
-        if current_only:
-            latest = {
-                (u.source, u.attack, u.protocol, u.dataset, u.seed, u.eps, u.target): u
-                for u in records
-            }
-            records = list(latest.values())
-        return {record.sha256: record for record in records}
+    def uaps(self) -> dict[str, UapRecord]:
+        """Every perturbation by sha256: brought ones first, then the workspace's, newest last."""
+        rows = self._db.execute("SELECT * FROM uap ORDER BY own, registered")
+        return {row["sha256"]: uap_of(row) for row in rows}
 
     def predictions(self) -> list[StoredPrediction]:
         """Every prediction run, oldest first."""

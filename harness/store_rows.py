@@ -93,6 +93,7 @@ def uap_of(row: sqlite3.Row) -> UapRecord:
         shape=shape_of(row["shape"]),
         delta=row["delta"],
         meta=json.loads(row["meta"]),
+        own=bool(row["own"]),
     )
 
 

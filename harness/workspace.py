@@ -126,16 +126,9 @@ class Workspace:
                 raise HarnessError(
                     f"another harness is working in {self.root}: wait for it, or use --workspace"
                 ) from None
-            self._remove_leftovers()
             yield
         finally:
             os.close(handle)
-
-    def _remove_leftovers(self) -> None:
-        """Delete temporary files of a process that was killed while it wrote."""
-        for folder in (self.root, self.cache, self.cache / ".partial"):
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
 
 
 def create_workspace(root: Path, config: Config) -> Workspace:

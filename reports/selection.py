@@ -7,8 +7,6 @@ attacks and seeds; what is set aside is kept in `View.notes` so that the report 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TypeVar
 
 from harness.metrics import Latency
 from harness.records import CONTROLS, HarnessError, Machine, ModelRecord, ResultRow
@@ -19,8 +17,6 @@ from reports.words import listed, paper_rank, plural
 
 REFERENCE_EPS = 10.0
 DEPLOYED = "onnxruntime"
-
-Value = TypeVar("Value", str, Craft)
 
 
 def build_view(store: Store, *, device: str | None = None) -> View:
@@ -38,13 +34,18 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         )
     chosen = _headline_device(deployed, device)
     here = [row for row in deployed if _device(row) == chosen]
-    evaluation_sha = _most_common([row.evaluation_sha256 for row in here])
+    measured = {row.evaluation_sha256 for row in here}
+    evaluation_sha = next(s for s in reversed(store.evaluation_sets()) if s in measured)
     on_set = [row for row in deployed if row.evaluation_sha256 == evaluation_sha]
     here = [row for row in on_set if _device(row) == chosen]
+    uaps = store.uaps()
+    recency = {sha256: rank for rank, sha256 in enumerate(uaps)}
+    here.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
     craft = _headline_craft(here)
     reference = _reference_eps(here, craft)
     targeted_eps = _targeted_eps(here, craft, reference)
     kept = [row for row in on_set if _in_headline(row, craft)]
+    kept.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
     models, timings = store.models(), latest_latencies(store)
     devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
     by_device = {
@@ -75,7 +76,7 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         targeted_eps=targeted_eps,
         craft=craft,
         rows=tuple(rows),
-        uaps=store.uaps(),
+        uaps=uaps,
         predicted=predicted,
         machines=tuple((*key, machine) for key, machine in sorted(machines.items(), key=_first)),
         whitebox_seeds=_seed_spread(here, craft, reference),
@@ -97,8 +98,8 @@ def _variants(
         unique: dict[tuple[str, float], ResultRow] = {}
         for row in own:
             if row.uap_source is not None and row.target is None:
-                # A control drawn with several seeds: the lowest one stands for it.
-                unique.setdefault((row.uap_source, row.eps or 0.0), row)
+                # Rows come by recency: of several perturbations of one name the newest is drawn.
+                unique[row.uap_source, row.eps or 0.0] = row
         attacks = sorted(
             unique.values(), key=lambda row: (paper_rank(row.uap_source or ""), row.eps or 0.0)
         )
@@ -117,7 +118,7 @@ def _variants(
                 attacked={row.uap_source or "": row for row in attacks if row.eps == reference},
                 targeted={
                     row.target: row
-                    for row in sorted(own, key=lambda row: row.target or 0)
+                    for row in sorted(own, key=lambda row: row.target or 0)  # stable: newest last
                     if row.target is not None and row.uap_source == name and row.eps == targeted_eps
                 },
                 any_row=first,
@@ -146,10 +147,11 @@ def _headline_device(rows: list[ResultRow], device: str | None) -> DeviceId:
 
 
 def _headline_craft(rows: list[ResultRow]) -> Craft | None:
-    """The (protocol, attack, seed) with most untargeted rows; the lowest where they tie."""
+    """The (protocol, attack, seed) with most untargeted rows; the newest where they tie."""
     crafts = [c for row in rows if row.target is None and (c := _craft(row)) is not None]
     crafts = crafts or [c for row in rows if (c := _craft(row)) is not None]
-    return _most_common(crafts) if crafts else None
+    counts, newest = Counter(crafts), {craft: rank for rank, craft in enumerate(crafts)}
+    return max(counts, key=lambda c: (counts[c], newest[c]), default=None)
 
 
 def _craft(row: ResultRow) -> Craft | None:
@@ -164,11 +166,12 @@ def _in_headline(row: ResultRow, craft: Craft | None) -> bool:
 
 
 def _reference_eps(rows: list[ResultRow], craft: Craft | None) -> float | None:
-    """10/255 when something was attacked there, else the largest budget there is."""
+    """The budget of the transfer matrix; without one 10/255, else the largest there is."""
     untargeted = [row for row in rows if row.target is None and row.eps is not None]
     crafted = [row for row in untargeted if _craft(row) == craft and craft is not None]
     budgets = {row.eps for row in crafted or untargeted if row.eps is not None}
-    return REFERENCE_EPS if REFERENCE_EPS in budgets else max(budgets, default=None)
+    transfers = Counter(row.eps for row in crafted if row.uap_source != row.variant)
+    return max(budgets, key=lambda eps: (transfers[eps], eps == REFERENCE_EPS, eps), default=None)
 
 
 def _targeted_eps(
@@ -224,9 +227,3 @@ def _device(row: ResultRow) -> DeviceId:
 
 def _first(item: tuple[tuple[DeviceId, str], Machine]) -> tuple[DeviceId, str]:
     return item[0]
-
-
-def _most_common(values: Sequence[Value]) -> Value:
-    """The value that occurs most; of those that tie, the smallest."""
-    counts = Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value))

@@ -30,8 +30,14 @@ def csv_text(rows: Sequence[ResultRow]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(as_json(row) for row in rows)
+    writer.writerows({k: _inert(v) for k, v in as_json(row).items()} for row in rows)
     return buffer.getvalue()
+
+
+def _inert(value: object) -> object:
+    """Text a spreadsheet would run as a formula, quoted: names come from untrusted files."""
+    starts_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if starts_formula else value
 
 
 def json_text(rows: Sequence[ResultRow]) -> str:

@@ -85,7 +85,7 @@ def attack_device(
     else:
         variants = [] if onnx_files else None
 
-    from harness.pipeline.experiment import attack_tasks
+    from harness.pipeline.experiment import attack_tasks, register_current
     from harness.pipeline.tasks import run_tasks
 
     workspace = existing_or_new_workspace(root)
@@ -102,6 +102,7 @@ def attack_device(
         return
     with working_in(workspace):
         run_tasks(tasks, context.reporter)
+        register_current(context, victims, paths)
     _print_rows(context, victims, paths, device, as_json=as_json)
 
 

@@ -110,8 +110,8 @@ def craft(
     if models or all_models or not controls:
         sources += chosen_variants(models, all_models)
     for value in eps:
-        if not 0 < value <= 255:
-            raise UsageError(f"--eps {value:g} must be above 0 and at most 255 (1/255 units)")
+        if not 1 <= value <= 255:
+            raise UsageError(f"--eps {value:g} must be from 1 to 255 (1/255 units)")
 
     def tasks(context: Context) -> tuple[list[Task], list[Path]]:
         from harness.pipeline.checkpoints import train_tasks

@@ -86,7 +86,11 @@ def run(
     import json
 
     from devices.registry import device_named
-    from harness.pipeline.experiment import experiment_tasks
+    from harness.pipeline.experiment import (
+        experiment_files,
+        experiment_tasks,
+        register_current,
+    )
     from harness.pipeline.tasks import run_tasks
     from reports.report import write_report
 
@@ -99,6 +103,7 @@ def run(
         return
     with working_in(workspace):
         run_tasks(tasks, context.reporter)
+        register_current(context, *experiment_files(context, list(PAPER_ORDER)))
         with context.open_store() as store:
             paths = write_report(store, workspace.report, device=device.name)
     if as_json:

@@ -82,9 +82,9 @@ for command in (
 
 def main() -> None:
     """Run the command line; every failure is one line and an exit code, never a traceback."""
-    # OpenMP threads that spin while they wait make small models tens of times slower as soon as
-    # another process wants a core. Read when torch is imported, which is later than this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that spin long while they wait make small models tens of times slower as
+    # soon as another process wants a core. Read when torch is imported, later than this.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         code = cli.main(standalone_mode=False, prog_name="harness")
     except click.ClickException as error:

@@ -104,7 +104,7 @@ def working_in(workspace: Workspace) -> Iterator[None]:
         click.echo(f"new workspace: {note}", err=True)
     with workspace.locked():
         # Killed between a temporary file and its rename: only the holder of the lock writes here.
-        for folder in (workspace.cache, workspace.cache / ".partial"):
+        for folder in (workspace.cache, workspace.cache / ".partial", workspace.report):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield

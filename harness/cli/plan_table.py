@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.progress import duration
@@ -44,7 +45,7 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
         total += seconds
         table.add_row(
             stage,
-            _names(missing),
+            escape(_names(missing)),
             str(len(of_stage) - len(missing)),
             duration(seconds) if missing else "-",
         )

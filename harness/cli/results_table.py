@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.records import ResultRow, source_label
@@ -22,10 +23,10 @@ def print_results(rows: Sequence[ResultRow]) -> None:
         if row.uer_low is not None and row.uer_high is not None:
             interval = f"{100 * row.uer_low:.1f}-{100 * row.uer_high:.1f}"
         table.add_row(
-            source_label(row.variant),
+            escape(source_label(row.variant)),
             row.device,
             row.runtime,
-            source_label(row.uap_source) if row.uap_source else "clean",
+            escape(source_label(row.uap_source)) if row.uap_source else "clean",
             "" if row.eps is None else f"{row.eps:g}",
             "" if row.target is None else str(row.target),
             str(row.n),

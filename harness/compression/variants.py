@@ -77,9 +77,9 @@ def relevant_config(variant: Variant, config: Config) -> dict[str, Any]:
     }
     for name in RELEVANT[variant.method]:
         common[name] = getattr(train_config, name)
-    if variant.name != "sfp_mixup":
+    if variant.augment != "mixup":
         common.pop("mixup_alpha", None)
-    if variant.name != "sfp_cutout":
+    if variant.augment != "cutout":
         common.pop("cutout_size", None)
     return common
 
@@ -108,8 +108,8 @@ def _sfp(build: Build) -> ResNet:
     recipe = replace(
         _base_recipe(train_config, build.data),
         after_epoch=prune,
-        mixup_alpha=train_config.mixup_alpha if build.variant.name == "sfp_mixup" else None,
-        cutout_size=train_config.cutout_size if build.variant.name == "sfp_cutout" else None,
+        mixup_alpha=train_config.mixup_alpha if build.variant.augment == "mixup" else None,
+        cutout_size=train_config.cutout_size if build.variant.augment == "cutout" else None,
     )
     _train(build, model, recipe)
     return model

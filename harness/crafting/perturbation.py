@@ -168,7 +168,7 @@ def check_fits(
         raise UsageError(f"UAP {path} targets class {perturbation.target}; there are {classes}")
 
 
-def uap_record(path: Path, perturbation: Perturbation) -> UapRecord:
+def uap_record(path: Path, perturbation: Perturbation, *, own: bool = True) -> UapRecord:
     """The perturbation as the results store keeps it; identified by its file's sha256."""
     channels, height, width = perturbation.delta.shape
     meta = {k: v for k, v in perturbation.meta.items() if isinstance(k, str) and _is_plain(v)}
@@ -184,11 +184,14 @@ def uap_record(path: Path, perturbation: Perturbation) -> UapRecord:
         shape=(channels, height, width),
         delta=np.ascontiguousarray(perturbation.delta, dtype="<f4").tobytes(),
         meta=meta,
+        own=own,
     )
 
 
 def _is_plain(value: Any) -> bool:
     """Whether JSON can hold it: a file from elsewhere may carry tensors in its metadata."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     if isinstance(value, list | tuple):
         return all(_is_plain(v) for v in value)
     return isinstance(value, str | int | bool) or (

@@ -6,6 +6,7 @@ Enters: the data and, for a compressed variant, its parent's checkpoint. Leaves:
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from harness.artefacts import cache_key
@@ -17,7 +18,7 @@ from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.context import Context
 from harness.pipeline.tasks import Progress, Task
-from harness.records import VARIANTS, Variant, variant_named
+from harness.records import VARIANTS, HarnessError, Variant, variant_named
 
 TRAIN_COST = {"full": 3.5, "sfp": 3.6, "pp": 3.5, "apot": 7.0}
 """Forward passes that one training image costs: forward, backward, and fake quantisation."""
@@ -108,12 +109,18 @@ def _train(context: Context, variant: Variant, progress: Progress) -> None:
             config=context.config,
             data=context.data,
             parent=parent,
-            key=key,
+            key=f"{key} from {meta.get('parent_sha256', 'scratch')}",
             partial=partial,
             device=context.accelerator,
             progress=lambda done, total, note: progress(done / max(total, 1), note),
         )
     )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
+        partial.unlink(missing_ok=True)
+        raise HarnessError(
+            f"training {variant.name} diverged, its weights are not finite: lower train.lr "
+            "(pp_lr, apot_lr) in harness.toml"
+        )
     save_checkpoint(
         workspace.checkpoint(variant.name), model, variant=variant.name, key=key, meta=meta
     )

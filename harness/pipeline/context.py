@@ -5,6 +5,7 @@ Enters: a workspace and the command line's choices. Leaves: nothing on disk.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ from harness.workspace import Workspace
 EXAMPLE_IMAGES = 8
 """Evaluation images kept in the store for the report's pictures."""
 CPU_THREADS = 2
-"""PyTorch threads unless the user says otherwise: the same number gives the same bits."""
+"""PyTorch threads unless OMP_NUM_THREADS says otherwise: the same number gives the same bits."""
 
 
 @dataclass
@@ -36,8 +37,6 @@ class Context:
     accelerator: torch.device
     data_dir: Path | None = None
     reporter: Reporter = field(default_factory=Silent)
-    lineages: dict[str, tuple[str, object]] = field(default_factory=dict)
-    """Of checkpoint files already read, by sha256: their key, and their parent's sha256."""
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
     _headers: dict[tuple[str, int, int], tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -132,7 +131,9 @@ def choose_accelerator(name: str) -> torch.device:
     Raises:
         UsageError: cuda was asked for and is not there.
     """
-    torch.set_num_threads(CPU_THREADS)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) else CPU_THREADS)
+    torch.backends.cudnn.deterministic = True
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UsageError("no CUDA device here: use --accelerator cpu or auto")

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 import torch
 
-from devices.session import Device, DeviceSession
-from devices.timing import FULL, QUICK, LatencySettings, measure_latency
+from devices.session import Device
 from harness.crafting.perturbation import Perturbation, check_fits, load_perturbation, uap_record
 from harness.inference import predict, torch_machine
 from harness.models.checkpoint import load_checkpoint
@@ -26,13 +23,11 @@ from harness.pipeline.checkpoints import reference_form
 from harness.pipeline.context import Context
 from harness.pipeline.exports import model_record
 from harness.pipeline.tasks import Progress, Task
-from harness.records import LatencyRun, ModelRecord, PredictionRun, Runtime, UapRecord
+from harness.records import ModelRecord, PredictionRun, Runtime, UapRecord
 from harness.store import Store
 
 EVALUATE_COST = 1.5
 """Forward passes per image: PyTorch's, and onnxruntime's at about half of one."""
-LATENCY_SECONDS_OVERHEAD = 1.0
-"""Seconds to start a process and load a model, per repetition."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,22 @@ def load_attack(context: Context, path: Path) -> Attack:
         image_shape=context.image_shape,
         classes=len(context.data.classes),
     )
-    return Attack(perturbation, uap_record(path, perturbation))
+    own = path.resolve().parent == context.workspace.cache.resolve() and "key" in perturbation.meta
+    return Attack(perturbation, uap_record(path, perturbation, own=own))
+
+
+def register(
+    context: Context, store: Store, victims: Sequence[Victim], attacks: Sequence[Attack]
+) -> None:
+    """Make these the current images, models and perturbations of the store.
+
+    Done by every command, measured anew or not: what is current is what was asked for last.
+    """
+    store.add_evaluation_set(context.evaluation_set())
+    for victim in victims:
+        store.add_model(model_record(context, victim.name, victim.onnx))
+    for attack in attacks:
+        store.add_uap(attack.record)
 
 
 def evaluate_task(
@@ -105,10 +115,7 @@ def evaluate(
     with context.open_store() as store:
         model = model_record(context, victim.name, victim.onnx)
         attacks = [load_attack(context, path) for path in uap_paths]
-        store.add_evaluation_set(context.evaluation_set())
-        store.add_model(model)
-        for attack in attacks:
-            store.add_uap(attack.record)
+        register(context, store, [victim], attacks)
         missing = _missing(context, store, victim, uap_paths, device)
         by_sha256 = {attack.record.sha256: attack for attack in attacks}
         total = len(missing) * len(context.data.evaluation)
@@ -130,7 +137,7 @@ def _missing(
 ) -> list[tuple[str | None, Runtime]]:
     """(UAP sha256 or None for clean, runtime) of every evaluation the store lacks."""
     model_sha256 = context.sha256(victim.onnx)
-    uaps: list[str | None] = [None, *(context.sha256(path) for path in uap_paths)]
+    uaps = list(dict.fromkeys([None, *(context.sha256(path) for path in uap_paths)]))
     runtimes: list[tuple[Runtime, str, str]] = [
         ("onnxruntime", device.name, onnxruntime.__version__)
     ]
@@ -188,9 +195,18 @@ def _on_device(
                 batch_size=config.eval.batch_size,
                 on_progress=meter.at,
             )
-            seconds = time.monotonic() - began
-            run = _run(context, model, uap, predictions, seconds)
-            store.add_prediction_runs([_placed(run, device, session)])
+            run = PredictionRun(
+                model_sha256=model.sha256,
+                evaluation_sha256=context.data.digests["evaluation"],
+                uap_sha256=uap,
+                device=device.name,
+                emulated=device.emulated,
+                runtime="onnxruntime",
+                machine=session.machine,
+                predictions=tuple(int(p) for p in predictions),
+                seconds=time.monotonic() - began,
+            )
+            store.add_prediction_runs([run])
             meter.close_run(len(images))
 
 
@@ -215,116 +231,16 @@ def _in_torch(
             attacks[uap].perturbation.delta_255 if uap is not None else None,
             device=context.accelerator,
         )
-        run = _run(context, model, uap, predictions, time.monotonic() - began)
+        run = PredictionRun(
+            model_sha256=model.sha256,
+            evaluation_sha256=context.data.digests["evaluation"],
+            uap_sha256=uap,
+            device="local",
+            emulated=False,
+            runtime="torch",
+            machine=torch_machine(context.accelerator),
+            predictions=tuple(int(p) for p in predictions),
+            seconds=time.monotonic() - began,
+        )
         store.add_prediction_runs([run])
         meter.close_run(len(images))
-
-
-def _run(
-    context: Context,
-    model: ModelRecord,
-    uap: str | None,
-    predictions: npt.NDArray[np.int64],
-    seconds: float,
-) -> PredictionRun:
-    """A run in PyTorch on this machine; `_placed` says when it was elsewhere."""
-    return PredictionRun(
-        model_sha256=model.sha256,
-        evaluation_sha256=context.data.digests["evaluation"],
-        uap_sha256=uap,
-        device="local",
-        emulated=False,
-        runtime="torch",
-        machine=torch_machine(context.accelerator),
-        predictions=tuple(int(p) for p in predictions),
-        seconds=seconds,
-    )
-
-
-def _placed(run: PredictionRun, device: Device, session: DeviceSession) -> PredictionRun:
-    return replace(
-        run,
-        device=device.name,
-        emulated=device.emulated,
-        runtime="onnxruntime",
-        machine=session.machine,
-    )
-
-
-# --- latency -------------------------------------------------------------------------------------
-
-
-def latency_task(context: Context, victims: Sequence[Victim], device: Device) -> Task:
-    """Batch-1 latency of all victims, interleaved; every raw sample into the store."""
-    settings = latency_settings(context)
-    seconds = settings.processes * (
-        settings.warmup_seconds + settings.min_seconds + LATENCY_SECONDS_OVERHEAD
-    )
-
-    def is_done() -> bool:
-        if not context.workspace.results.exists():
-            return False
-        if any(not victim.onnx.exists() for victim in victims):
-            return False
-        with context.open_store() as store:
-            have = {
-                (s.run.model_sha256, s.run.device, s.run.mode, s.run.threads)
-                for s in store.latencies()
-            }
-        return all(
-            (context.sha256(v.onnx), device.name, settings.mode, settings.threads) in have
-            for v in victims
-        )
-
-    return Task(
-        stage="latency",
-        name=f"latency on {device.name} ({settings.mode})",
-        work=seconds * len(victims) * FORWARDS_PER_SECOND,
-        is_done=is_done,
-        run=lambda progress: measure(context, victims, device, settings, progress),
-    )
-
-
-FORWARDS_PER_SECOND = 1000.0
-"""Turns the latency protocol's fixed seconds into the unit of work; corrected as tasks finish."""
-
-
-def latency_settings(context: Context) -> LatencySettings:
-    """The protocol the configuration asks for."""
-    config = context.config.latency
-    return replace(FULL if config.mode == "full" else QUICK, threads=config.threads)
-
-
-def measure(
-    context: Context,
-    victims: Sequence[Victim],
-    device: Device,
-    settings: LatencySettings,
-    progress: Progress,
-) -> None:
-    """Measure latency and store it, raw."""
-    total = settings.processes * len(victims)
-    measured = measure_latency(
-        device,
-        {victim.name: victim.onnx for victim in victims},
-        context.data.evaluation.images,
-        settings=settings,
-        seed=context.config.seed,
-        on_progress=lambda done: progress(done / total, f"{done}/{total} processes"),
-    )
-    with context.open_store() as store:
-        for victim in victims:
-            machine, processes = measured[victim.name]
-            store.add_model(model_record(context, victim.name, victim.onnx))
-            store.add_latency_run(
-                LatencyRun(
-                    model_sha256=context.sha256(victim.onnx),
-                    device=device.name,
-                    emulated=device.emulated,
-                    runtime="onnxruntime",
-                    machine=machine,
-                    mode=settings.mode,
-                    threads=settings.threads,
-                    processes=processes,
-                )
-            )

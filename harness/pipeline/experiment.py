@@ -12,8 +12,9 @@ from devices.session import Device
 from harness.crafting.perturbation import load_perturbation
 from harness.pipeline.checkpoints import train_tasks
 from harness.pipeline.context import Context
-from harness.pipeline.evaluation import Victim, evaluate_task, latency_task, load_attack
+from harness.pipeline.evaluation import Victim, evaluate_task, load_attack, register
 from harness.pipeline.exports import export_tasks
+from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
 from harness.pipeline.uaps import (
     control_names,
@@ -66,6 +67,18 @@ def experiment_tasks(context: Context, variants: list[str], device: Device) -> l
     return tasks
 
 
+def register_current(context: Context, victims: list[Victim], uap_paths: list[Path]) -> None:
+    """Tell the store that these are what the last command was about."""
+    with context.open_store() as store:
+        register(context, store, victims, [load_attack(context, path) for path in uap_paths])
+
+
+def experiment_files(context: Context, variants: list[str]) -> tuple[list[Victim], list[Path]]:
+    """(victims, UAP files) of the whole experiment."""
+    victims = [variant_victim(context, name) for name in variants]
+    return victims, [context.workspace.uap(name) for name in all_uap_names(context, variants)]
+
+
 def attack_tasks(
     context: Context,
     *,
@@ -88,6 +101,9 @@ def attack_tasks(
     for name, path in located:
         if name is None:
             load_attack(context, path)  # bad input is refused before anything is built
+    stems = [path.stem for path in onnx_files]
+    if len(set(stems)) < len(stems):
+        raise UsageError("two --onnx files have the same name: rename one, so rows stay apart")
     for path in onnx_files:
         _check_onnx(context, path)
     sources = [name.source for name in names if name.source not in CONTROLS]
@@ -112,7 +128,12 @@ def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
     path = Path(text)
     in_workspace = context.workspace.root / path
     name = parse_uap_name(path)
-    ours = name is not None and (name.source in CONTROLS or name.source in PAPER_ORDER)
+    # Only the canonical name, in this workspace, is ours to build.
+    ours = (
+        name is not None
+        and name.source in (*CONTROLS, *PAPER_ORDER)
+        and in_workspace.resolve() == context.workspace.uap(name).resolve()
+    )
     if path.exists() and path.resolve() != in_workspace.resolve():
         return None, path
     if ours and name is not None and not _foreign(in_workspace):
@@ -140,6 +161,10 @@ def _check_onnx(context: Context, path: Path) -> None:
     if path.stem in PAPER_ORDER:
         raise UsageError(f"{path} is called like a variant: rename it, so that rows stay apart")
     model = check_model_file(path)
+    for name in PAPER_ORDER:
+        exported = context.workspace.onnx(name)
+        if exported.exists() and context.sha256(exported) == model.sha256:
+            raise UsageError(f"{path} is the workspace's own {name}: use --model {name}")
     if model.image_shape != context.image_shape or model.classes != len(context.data.classes):
         raise UsageError(
             f"{path} takes images {list(model.image_shape)} of {model.classes} classes; "

@@ -6,12 +6,11 @@ Enters: a variant's checkpoint and the calibration split. Leaves: `cache/<varian
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from export.cost import cost_card
-from export.exporter import export_model, load_manifest
+from export.cost import cost_card, uncounted_operators
+from export.exporter import export_model, load_manifest, manifest_cost
 from harness.artefacts import cache_key
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import FoldedResNet
@@ -25,7 +24,7 @@ from harness.pipeline.checkpoints import (
 )
 from harness.pipeline.context import Context
 from harness.pipeline.tasks import Progress, Task
-from harness.records import CostCard, HarnessError, ModelRecord, Variant
+from harness.records import PAPER_ORDER, HarnessError, ModelRecord, Variant
 
 VERSION = 1
 EXPORT_FORWARDS = 1500.0
@@ -39,8 +38,23 @@ def export_key(context: Context, variant: Variant) -> str:
         VERSION,
         align=context.config.export.align,
         checkpoint=checkpoint_key(context, variant),
+        labels=_labels(context, variant),
         calibration=context.data.digests["calibration"],
     )
+
+
+def _labels(context: Context, variant: Variant) -> dict[str, str]:
+    """What the file says of itself."""
+    config = context.config
+    return {
+        "variant": variant.name,
+        "method": variant.method,
+        "dataset": context.data.name,
+        "preset": config.preset,
+        "arch": config.arch,
+        "width": str(config.width),
+        "seed": str(config.seed),
+    }
 
 
 def valid_export(context: Context, variant: Variant) -> dict[str, Any] | None:
@@ -91,13 +105,7 @@ def _export(context: Context, variant: Variant, progress: Progress) -> None:
         classes=context.data.classes,
         align=config.export.align,
         metadata={
-            "variant": variant.name,
-            "method": variant.method,
-            "dataset": context.data.name,
-            "preset": config.preset,
-            "arch": config.arch,
-            "width": str(config.width),
-            "seed": str(config.seed),
+            **_labels(context, variant),
             "key": export_key(context, variant),
             "checkpoint_sha256": context.sha256(checkpoint_path),
         },
@@ -106,16 +114,14 @@ def _export(context: Context, variant: Variant, progress: Progress) -> None:
 
 
 def model_record(context: Context, name: str, path: Path) -> ModelRecord:
-    """The store's record of an ONNX file: ours, with its manifest, or one a user brought."""
-    try:
-        manifest = load_manifest(path)
-    except HarnessError:
-        manifest = {}
-    metadata = manifest.get("metadata", {})
-    if metadata.get("variant") != name:
+    """The store's record of an ONNX file: a variant with its manifest, or one a user brought.
+
+    A manifest beside a user's file is not read: it could claim any cost.
+    """
+    if name not in PAPER_ORDER:
         return _foreign_record(context, name, path)
-    cost = dict(manifest["cost"])
-    cost["layers"] = tuple(cost["layers"])
+    manifest = load_manifest(path)
+    metadata = manifest["metadata"]
     return ModelRecord(
         sha256=manifest["sha256"],
         variant=name,
@@ -125,21 +131,25 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
         arch=metadata["arch"],
         width=int(metadata["width"]),
         seed=int(metadata["seed"]),
-        cost=CostCard(**cost),
-        manifest=json.loads(json.dumps(manifest)),
+        cost=manifest_cost(manifest),
+        manifest=manifest,
     )
 
 
 def _foreign_record(context: Context, name: str, path: Path) -> ModelRecord:
+    cost = cost_card(path.read_bytes(), image_shape=context.image_shape)
+    notes = ["brought by the user; no PyTorch model to compare with"]
+    if uncounted := uncounted_operators(cost):
+        notes.append(f"MACs and BOPs leave out what cannot be counted: {', '.join(uncounted)}")
     return ModelRecord(
         sha256=context.sha256(path),
         variant=name,
         method="user",
         dataset=context.data.name,
-        preset=context.config.preset,
+        preset="user",
         arch="user",
-        width=0,
-        seed=context.config.seed,
-        cost=cost_card(path.read_bytes(), image_shape=context.image_shape),
-        manifest={"notes": ["brought by the user; no PyTorch model to compare with"]},
+        width=None,
+        seed=None,
+        cost=cost,
+        manifest={"notes": notes},
     )

@@ -21,7 +21,7 @@ class Task:
     """One artefact to build."""
 
     stage: str
-    """train, export, craft, evaluate, latency or report."""
+    """train, export, craft, evaluate or latency."""
     name: str
     """What the user sees: "train sfp"."""
     work: float

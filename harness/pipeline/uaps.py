@@ -1,21 +1,21 @@
 """Stage `craft`: checkpoint -> universal adversarial perturbation.
 
 Enters: a variant's checkpoint and the attack split. Leaves: `cache/<source>_eps<E>[_t<T>].pt`.
-The model that is attacked is the deployed form: what is crafted on is what ships.
+Under protocol `clean` the model that is attacked is the deployed form: what is crafted on is what
+ships. Under `paper` it is the trained model, as it was for the authors.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from harness.artefacts import cache_key
-from harness.config import MAX_EPS_255
+from harness.config import MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import (
     Perturbation,
     chessboard,
@@ -81,10 +81,10 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
 
 def uap_key(context: Context, name: UapName) -> str:
     """Digest of everything the perturbation depends on."""
-    shape = context.image_shape
+    shape, config = context.image_shape, context.config
+    labels = [context.data.name, config.protocol]
     if name.source in CONTROLS:
-        return cache_key("control", VERSION, name=name.stem, shape=shape)
-    config = context.config
+        return cache_key("control", VERSION, name=name.stem, shape=shape, labels=labels)
     paper = config.protocol == "paper"
     return cache_key(
         "craft",
@@ -93,8 +93,8 @@ def uap_key(context: Context, name: UapName) -> str:
         eps=name.eps,
         target=name.target,
         seed=name.seed,
-        settings=_settings_values(context),
-        protocol=config.protocol,
+        settings=asdict(_settings(context, name)),
+        labels=labels,
         source=checkpoint_key(context, variant_named(name.source)),
         images=context.data.digests["evaluation" if paper else "attack"],
     )
@@ -143,9 +143,9 @@ class _LoadedModel:
 
 def _craft_task(context: Context, name: UapName, loaded: _LoadedModel) -> Task:
     control = name.source in CONTROLS
-    if not 0 < name.eps <= MAX_EPS_255:
+    if not MIN_EPS_255 <= name.eps <= MAX_EPS_255:
         raise UsageError(
-            f"{name.stem}: eps {name.eps:g} must be above 0 and at most {MAX_EPS_255:g} "
+            f"{name.stem}: eps {name.eps:g} must be from {MIN_EPS_255:g} to {MAX_EPS_255:g} "
             "(1/255 units)"
         )
     if name.seed >= MAX_SEED:
@@ -177,27 +177,27 @@ def _craft_split(context: Context) -> Split:
     return data.evaluation if context.config.protocol == "paper" else data.attack
 
 
-def _settings(context: Context) -> SgdSettings:
+def _settings(context: Context, name: UapName) -> SgdSettings:
     craft = context.config.craft
     paper = context.config.protocol == "paper"
+    # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
+    quantised = variant_named(name.source).method == "apot"
+    in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
     return SgdSettings(
         epochs=craft.epochs,
         batch_size=craft.batch_size,
         step=craft.step,
         beta=craft.beta,
         shuffle=not paper,
-        batch_statistics=paper,
+        batch_statistics=paper and in_train_mode,
     )
 
 
-def _settings_values(context: Context) -> dict[str, Any]:
-    return asdict(_settings(context))
-
-
 def _craft(context: Context, name: UapName, loaded: _LoadedModel, progress: Progress) -> None:
-    workspace, settings = context.workspace, _settings(context)
+    workspace, settings = context.workspace, _settings(context, name)
     split = _craft_split(context)
     key = uap_key(context, name)
+    checkpoint_sha256 = context.sha256(workspace.checkpoint(name.source))
     partial = workspace.partial(f"craft_{name.stem}")
     total, done = settings.epochs * len(split), 0
 
@@ -212,7 +212,7 @@ def _craft(context: Context, name: UapName, loaded: _LoadedModel, progress: Prog
         Request(name.eps, name.target),
         settings,
         seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
-        key=key,
+        key=f"{key} on {checkpoint_sha256}",
         partial=partial,
         device=context.accelerator,
         progress=advance,
@@ -226,8 +226,8 @@ def _craft(context: Context, name: UapName, loaded: _LoadedModel, progress: Prog
         meta={
             **perturbation.meta,
             "attack": name.attack,
-            "checkpoint_sha256": context.sha256(workspace.checkpoint(name.source)),
-            "settings": _settings_values(context),
+            "checkpoint_sha256": checkpoint_sha256,
+            "settings": asdict(settings),
             "images": len(split),
             "steps": settings.epochs * -(-len(split) // settings.batch_size),
             "loss": list(crafted.loss),
