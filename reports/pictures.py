@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,9 @@ def gallery(view: View) -> Gallery:
         if delta is None:
             continue
         under = _shown_run(view, source)
+        # Devices get whole levels within the budget, also where eps is not whole.
+        limit = math.floor(sources[source].eps) / 255
+        deployed = np.clip(delta, -limit, limit)
         strips.append(
             Strip(
                 label=label_of(source),
@@ -80,7 +84,7 @@ def gallery(view: View) -> Gallery:
                     "perturbation",
                 ),
                 attacked=tuple(
-                    _attacked(view, under, images[i], delta, i, stride)
+                    _attacked(view, under, images[i], deployed, i, stride)
                     for i in chosen
                     if images is not None and images.shape[1:] == delta.shape
                 ),

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from harness.pipeline.tasks import Task
 
+MIN_SHARE_FOR_ESTIMATE = 0.005
+"""Before this much of the work is done, the time left would be a guess from one slow start."""
 PLAIN_INTERVAL_SECONDS = 15.0
 """At most, between two lines, where there is no terminal."""
 
@@ -112,7 +114,7 @@ class ConsoleReporter:
         done = self._done_work + (task.work * fraction if task else 0.0)
         spent = self._spent_seconds + (time.monotonic() - self._started if task else 0.0)
         left = sum(t.work for t in self._tasks) - done
-        if done <= 0 or spent < 1.0 or left <= 0:
+        if done < MIN_SHARE_FOR_ESTIMATE * (done + left) or spent < 1.0 or left <= 0:
             return ""
         return f"about {duration(left * spent / done)} left"
 

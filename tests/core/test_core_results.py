@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +199,30 @@ def test_an_emulated_row_has_no_latency_even_beside_the_real_board(store: Store)
 
 
 def test_the_last_run_and_the_last_latency_win(store: Store) -> None:
-    for ms in (9, 2):
-        store.add_latency_run(latency_run(latency_process((ms * 1_000_000,) * 64)))
+    for ms, threads in ((9, 1), (2, 3)):
+        run = latency_run(latency_process((ms * 1_000_000,) * 64))
+        store.add_latency_run(replace(run, threads=threads))
     plant(store, prediction_run((0,) * 8))
     (row,) = plant(store, prediction_run(CLEAN))
     assert (row.clean_accuracy, row.latency_p50_ms) == (7 / 8, 2.0)
 
 
-def test_a_superseded_model_and_a_superseded_uap_are_not_reported(store: Store) -> None:
-    plant(store, prediction_run(CLEAN), prediction_run(ATTACKED, uap="u"))
+def test_processes_of_one_latency_measurement_are_summarised_together(store: Store) -> None:
+    for ms in (9, 2, 2):
+        store.add_latency_run(latency_run(latency_process((ms * 1_000_000,) * 40)))
+    (row,) = plant(store, prediction_run(CLEAN))
+    assert (row.latency_p50_ms, row.latency_p90_ms) == (2.0, 9.0)
+    assert row.latency_verdict == "UNSTABLE"
+
+
+def test_uaps_that_differ_only_in_their_bytes_are_rows_of_their_own(store: Store) -> None:
     store.add_uap(uap_record("u2", meta={}))
-    assert [r.uap_sha256 for r in result_rows(store)] == [None]
+    rows = plant(store, prediction_run(ATTACKED, uap="u"), prediction_run(CLEAN, uap="u2"))
+    assert {r.uap_sha256 for r in rows} == {digest("u"), digest("u2")}
+
+
+def test_a_superseded_model_is_not_reported(store: Store) -> None:
+    plant(store, prediction_run(CLEAN))
     store.add_model(model_record("m2"))
     assert result_rows(store) == []
     (row,) = plant(store, prediction_run(CLEAN, model="m2"))

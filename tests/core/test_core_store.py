@@ -141,17 +141,21 @@ def test_a_uap_of_another_name_replaces_nothing(store: Store, changes: dict[str,
     assert set(store.uaps()) == {digest("u"), digest("other")}
 
 
-def test_the_last_uap_of_a_name_is_current(store: Store) -> None:
+def test_uaps_come_newest_last_and_brought_ones_first(store: Store) -> None:
     store.add_uap(uap_record("u2", meta={"epochs": 4}))
-    assert set(store.uaps()) == {digest("u2")}
-    assert set(store.uaps(current_only=False)) == {digest("u"), digest("u2")}
+    assert list(store.uaps()) == [digest("u"), digest("u2")]
     store.add_uap(uap_record())
-    assert set(store.uaps()) == {digest("u")}
+    assert list(store.uaps()) == [digest("u2"), digest("u")]
+    store.add_uap(replace(uap_record("brought"), own=False))
+    assert list(store.uaps()) == [digest("brought"), digest("u2"), digest("u")]
 
 
-def test_the_same_evaluation_set_again_changes_nothing(store: Store) -> None:
-    store.add_evaluation_set(replace(evaluation_set(LABELS), note="another note"))
-    assert [e.note for e in store.evaluation_sets().values()] == ["four classes"]
+def test_an_evaluation_set_registered_again_becomes_the_current_one(store: Store) -> None:
+    first = next(iter(store.evaluation_sets()))
+    store.add_evaluation_set(evaluation_set((0, 1), "other"))
+    assert list(store.evaluation_sets()) == [first, digest("other")]
+    store.add_evaluation_set(evaluation_set(LABELS))
+    assert list(store.evaluation_sets()) == [digest("other"), first]
 
 
 def test_an_evaluation_is_known_by_all_that_identifies_it(store: Store) -> None:
