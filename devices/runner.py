@@ -439,6 +439,9 @@ def answer(state: State, line: bytes) -> Reply:
 
 def main() -> int:
     """Serve requests until `quit` or the end of standard input."""
+    # onnxruntime 1.29 and later report model names and hashes to their maker unless told not to;
+    # which models are attacked here is nobody's business. Read when onnxruntime is imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     # The protocol gets a descriptor of its own; prints, C++ ones included, go to standard error.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

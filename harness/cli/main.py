@@ -85,6 +85,8 @@ def main() -> None:
     # OpenMP threads that spin long while they wait make small models tens of times slower as
     # soon as another process wants a core. Read when torch is imported, later than this.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # onnxruntime 1.29 and later report model names and hashes to their maker unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         code = cli.main(standalone_mode=False, prog_name="harness")
     except click.ClickException as error:
