@@ -354,8 +354,8 @@ def test_latency_is_measured_and_reported(run: Callable[..., Outcome], workspace
     """One model through the API: the whole experiment would take fifty processes."""
     from devices.local import LocalDevice
     from harness.pipeline.context import Context
-    from harness.pipeline.evaluation import latency_task
     from harness.pipeline.experiment import variant_victim
+    from harness.pipeline.latency import latency_task
     from harness.workspace import open_workspace
 
     edit(workspace, 'mode = "off"', 'mode = "quick"')
@@ -375,7 +375,7 @@ def test_latency_is_measured_and_reported(run: Callable[..., Outcome], workspace
         if timed:
             assert 0 < row["latency_p50_ms"] <= row["latency_p90_ms"]
             assert row["latency_mode"] == "quick"
-    ((processes,),) = table(workspace, "SELECT processes FROM latency_run")
-    samples = [process["samples_ns"] for process in json.loads(processes)]
-    assert len(samples) == 5
+    stored = table(workspace, "SELECT processes FROM latency_run")
+    samples = [process["samples_ns"] for (part,) in stored for process in json.loads(part)]
+    assert len(samples) == len(stored) == 5  # stored as they finish: a kill loses one at most
     assert all(len(part) >= 30 for part in samples)
