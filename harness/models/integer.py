@@ -38,7 +38,8 @@ class _Levels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, half_units: Tensor, table: Tensor, top: int) -> Tensor:
-        ctx.save_for_backward((half_units >= -0.5) & (half_units <= 2 * top - 0.5))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((half_units >= -0.5) & (half_units <= 2 * top - 0.5))
         codes = half_units.round().clamp_(0, 255).to(torch.int32)
         return lookup(table, codes)
 
