@@ -206,7 +206,7 @@ def to_toml(config: Config) -> str:
     """The whole configuration as commented TOML that `load_config` reads back unchanged."""
     lines = [
         "# One experiment. Change a value and `harness run` rebuilds only what depends on it.",
-        "# Units: eps in 1/255; rates as fractions. See `harness init --help`.",
+        "# Units: eps in 1/255; rates as fractions. What each key means: harness/config.py.",
     ]
     tables: list[str] = []
     for item in fields(config):

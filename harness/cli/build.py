@@ -109,6 +109,8 @@ def craft(
     sources = list(controls)
     if models or all_models or not controls:
         sources += chosen_variants(models, all_models)
+    if targets and controls:
+        raise UsageError("--target does not go with --control: a control has no target class")
     for value in eps:
         if not 1 <= value <= 255:
             raise UsageError(f"--eps {value:g} must be from 1 to 255 (1/255 units)")

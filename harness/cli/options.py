@@ -63,7 +63,9 @@ def chosen_variants(models: tuple[str, ...], all_models: bool) -> list[str]:
     Raises:
         UsageError: neither or both options, or an unknown variant.
     """
-    if bool(models) == all_models:
+    if models and all_models:
+        raise UsageError("--model and --all exclude each other: name variants, or take all of them")
+    if not models and not all_models:
         raise UsageError("name variants with --model VARIANT, or take --all of them")
     for name in models:
         variant_named(name)

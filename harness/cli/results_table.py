@@ -35,7 +35,7 @@ def print_results(rows: Sequence[ResultRow]) -> None:
             interval,
             _percent(row.tsr),
             _percent(row.torch_agreement),
-            "" if row.latency_p50_ms is None else f"{row.latency_p50_ms:.3f}",
+            _latency(row),
             "" if row.file_bytes is None else f"{row.file_bytes / 1000:.0f}",
             "" if row.macs is None else f"{row.macs / 1e6:.1f}",
         )
@@ -44,6 +44,14 @@ def print_results(rows: Sequence[ResultRow]) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     console.print(table)
+
+
+def _latency(row: ResultRow) -> str:
+    """The median; `~` marks one that is quick, unstable or invalid: not to be compared."""
+    if row.latency_p50_ms is None:
+        return ""
+    sound = row.latency_mode == "full" and row.latency_verdict == "VALID"
+    return f"{'' if sound else '~'}{row.latency_p50_ms:.3f}"
 
 
 def _percent(value: float | None) -> str:
