@@ -64,7 +64,7 @@ def chosen_variants(models: tuple[str, ...], all_models: bool) -> list[str]:
         UsageError: neither or both options, or an unknown variant.
     """
     if models and all_models:
-        raise UsageError("--model and --all exclude each other: name variants, or take all of them")
+        raise UsageError("--model VARIANT and --all exclude each other: give one of them")
     if not models and not all_models:
         raise UsageError("name variants with --model VARIANT, or take --all of them")
     for name in models:
