@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-# As `harness` itself does: threads that spin while they wait make small models tens of times
-# slower on busy cores. OpenMP reads this once, when torch is imported.
+# Threads that spin while they wait make small models tens of times slower on busy cores; tests
+# share theirs with the processes they start. OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Started in the background of a script, a process inherits that Ctrl-C is ignored, and so would

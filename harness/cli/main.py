@@ -21,7 +21,6 @@ INTERRUPTED = 130
 
 def _print_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
     """The installed version, or that of the source tree this runs from without an install."""
-    import importlib.metadata
     import tomllib
 
     if not wanted:
@@ -33,14 +32,6 @@ def _print_version(context: click.Context, _option: click.Parameter, wanted: boo
         version = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
     click.echo(version)
     context.exit()
-
-
-def version() -> str:
-    """The installed version; where there was no install step, that it is a source tree."""
-    try:
-        return importlib.metadata.version("uap-edge-harness")
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree, not installed"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
