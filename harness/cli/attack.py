@@ -86,7 +86,6 @@ def attack_device(
         variants = [] if onnx_files else None
 
     from harness.pipeline.experiment import attack_tasks, register_current
-    from harness.pipeline.tasks import run_tasks
 
     workspace = existing_or_new_workspace(root)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
@@ -101,7 +100,7 @@ def attack_device(
         print_plan(context, tasks, as_json=as_json)
         return
     with working_in(workspace):
-        run_tasks(tasks, context.reporter)
+        context.build(tasks)
         register_current(context, victims, paths)
     _print_rows(context, victims, paths, device, as_json=as_json)
 

@@ -205,9 +205,8 @@ def _build(
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
-    from harness.pipeline.tasks import run_tasks
 
     with working_in(workspace):
-        run_tasks(tasks, context.reporter)
+        context.build(tasks)
     shown = [str(path) for path in paths]
     click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(shown))

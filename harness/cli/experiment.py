@@ -91,7 +91,6 @@ def run(
         experiment_tasks,
         register_current,
     )
-    from harness.pipeline.tasks import run_tasks
     from reports.report import write_report
 
     device = device_named(device_name)
@@ -102,7 +101,7 @@ def run(
         print_plan(context, tasks, as_json=as_json)
         return
     with working_in(workspace):
-        run_tasks(tasks, context.reporter)
+        context.build(tasks)
         register_current(context, *experiment_files(context, list(PAPER_ORDER)))
         with context.open_store() as store:
             paths = write_report(store, workspace.report, device=device.name)

@@ -30,17 +30,21 @@ class ConsoleReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tasks: list[Task] = []
-        self._done_work = self._spent_seconds = 0.0
-        self._started = self._last_line = 0.0
+        self._done_work = 0.0
+        self._fractions: dict[str, float] = {}
+        """How far the running tasks are, by name."""
+        self._began = self._last_line = 0.0
         self._progress: Progress | None = None
-        self._overall = self._current = TaskID(0)
+        self._overall = TaskID(0)
+        self._bars: dict[str, TaskID] = {}
         self._cached = 0
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Show the bars, or start counting lines."""
         self._tasks = list(tasks)
-        self._done_work = self._spent_seconds = 0.0
-        self._last_line = time.monotonic()
+        self._done_work = 0.0
+        self._fractions, self._bars = {}, {}
+        self._began = self._last_line = time.monotonic()
         self._cached = 0
         if self._console.is_terminal:
             self._progress = Progress(
@@ -53,40 +57,39 @@ class ConsoleReporter:
                 transient=True,
             )
             self._overall = self._progress.add_task("all", total=1.0, note="")
-            self._current = self._progress.add_task("", total=1.0, note="", visible=False)
             self._progress.start()
 
     def start(self, task: Task) -> None:
         """A task starts."""
-        self._started = time.monotonic()
+        self._fractions[task.name] = 0.0
         if self._progress is not None:
-            self._progress.reset(
-                self._current, description=escape(task.name), total=1.0, note="", visible=True
-            )
+            self._bars[task.name] = self._progress.add_task(escape(task.name), total=1.0, note="")
 
     def advance(self, task: Task, fraction: float, note: str) -> None:
         """A task is this far."""
-        left = self._time_left(task, fraction)
+        self._fractions[task.name] = fraction
         if self._progress is not None:
-            self._progress.update(self._current, completed=fraction, note=escape(note))
-            self._progress.update(self._overall, completed=self._share(task, fraction), note=left)
+            bar = self._bars[task.name]
+            self._progress.update(bar, completed=fraction, note=escape(note))
+            self._show_overall()
         elif self._silent_for_long():
+            left = self._time_left()
             self.note(f"  {task.name}: {fraction:.0%}{', ' if note else ''}{note}; {left}")
 
     def finish(self, task: Task, seconds: float) -> None:
         """A task is done."""
-        self._done_work += task.work
         if seconds == 0.0:
             self._cached += 1
             self._tasks = [t for t in self._tasks if t is not task]
-            self._done_work -= task.work
             return
-        self._spent_seconds += seconds
-        left = self._time_left(None, 0.0)
+        del self._fractions[task.name]
+        self._done_work += task.work
         if self._progress is not None:
-            self._progress.update(self._overall, completed=self._share(None, 0.0), note=left)
+            self._progress.remove_task(self._bars.pop(task.name))
+            self._show_overall()
         # Crafting makes many small files; all their lines would bury the rest.
         if task.stage != "craft" or (self._progress is None and self._silent_for_long()):
+            left = self._time_left()
             self.note(f"{task.name}: {seconds:.1f} s{'; ' + left if left else ''}")
 
     def end(self) -> None:
@@ -105,18 +108,23 @@ class ConsoleReporter:
     def _silent_for_long(self) -> bool:
         return time.monotonic() - self._last_line > PLAIN_INTERVAL_SECONDS
 
-    def _share(self, task: Task | None, fraction: float) -> float:
-        total = sum(t.work for t in self._tasks)
-        done = self._done_work + (task.work * fraction if task else 0.0)
-        return done / total if total else 1.0
+    def _show_overall(self) -> None:
+        if self._progress is not None:
+            done, total = self._work()
+            share = done / total if total else 1.0
+            self._progress.update(self._overall, completed=share, note=self._time_left())
 
-    def _time_left(self, task: Task | None, fraction: float) -> str:
-        done = self._done_work + (task.work * fraction if task else 0.0)
-        spent = self._spent_seconds + (time.monotonic() - self._started if task else 0.0)
-        left = sum(t.work for t in self._tasks) - done
-        if done < MIN_SHARE_FOR_ESTIMATE * (done + left) or spent < 1.0 or left <= 0:
+    def _work(self) -> tuple[float, float]:
+        """(done, in all)."""
+        running = sum(t.work * self._fractions.get(t.name, 0.0) for t in self._tasks)
+        return self._done_work + running, sum(t.work for t in self._tasks)
+
+    def _time_left(self) -> str:
+        done, total = self._work()
+        spent = time.monotonic() - self._began
+        if done < MIN_SHARE_FOR_ESTIMATE * total or spent < 1.0 or total <= done:
             return ""
-        return f"about {duration(left * spent / done)} left"
+        return f"about {duration((total - done) * spent / done)} left"
 
 
 def duration(seconds: float) -> str:

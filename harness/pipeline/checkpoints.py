@@ -16,7 +16,7 @@ from harness.models.checkpoint import load_checkpoint, save_checkpoint
 from harness.models.folded import fold
 from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
-from harness.pipeline.context import Context
+from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.records import VARIANTS, HarnessError, Variant, variant_named
 
@@ -80,14 +80,22 @@ def _train_task(context: Context, variant: Variant) -> Task:
     epochs = planned_epochs(variant, context.config.train)
     return Task(
         stage="train",
-        name=f"train {variant.name}",
+        name=task_name(variant.name),
         work=TRAIN_COST[variant.method] * epochs * len(context.data.train),
         is_done=lambda: valid_checkpoint(context, variant),
         run=lambda progress: _train(context, variant, progress),
+        side_by_side=True,
+        after=(task_name(variant.parent),) if variant.parent else (),
     )
 
 
+def task_name(variant: str) -> str:
+    """What the task that trains a variant is called."""
+    return f"train {variant}"
+
+
 def _train(context: Context, variant: Variant, progress: Progress) -> None:
+    use_cpu_threads(TRAIN_THREADS)
     workspace = context.workspace
     parent: ResNet | None = None
     meta = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from harness.artefacts import sha256_file
 from harness.config import Config
 from harness.data.dataset import Dataset, load_dataset
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.tasks import Reporter, Silent
+from harness.pipeline.tasks import Reporter, Silent, Task, run_tasks
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
 from harness.workspace import Workspace
@@ -27,6 +28,10 @@ EXAMPLE_IMAGES = 8
 """Evaluation images kept in the store for the report's pictures."""
 CPU_THREADS = 2
 """PyTorch threads unless OMP_NUM_THREADS says otherwise: the same number gives the same bits."""
+TRAIN_THREADS = 1
+"""The same for training: small models train faster side by side than over several cores."""
+MAX_JOBS = 4
+"""Models trained side by side at most: each takes memory."""
 
 
 @dataclass
@@ -57,6 +62,10 @@ class Context:
             seed=config.seed,
             progress=self.reporter.note,
         )
+
+    def build(self, tasks: Sequence[Task]) -> int:
+        """Run what is not done yet, side by side where that pays. Returns how many were run."""
+        return run_tasks(tasks, self.reporter, jobs=jobs_for(self.accelerator))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -131,13 +140,34 @@ def choose_accelerator(name: str) -> torch.device:
     Raises:
         UsageError: cuda was asked for and is not there.
     """
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) else CPU_THREADS)
+    use_cpu_threads(CPU_THREADS)
     torch.backends.cudnn.deterministic = True
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UsageError("no CUDA device here: use --accelerator cpu or auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def use_cpu_threads(threads: int) -> None:
+    """Let this thread's PyTorch work take so many cores, or OMP_NUM_THREADS where that is set.
+
+    Every stage says so when it starts: PyTorch keeps the number partly per thread and partly per
+    process, so that the stage before may have left another.
+    """
+    torch.set_num_threads(_omp_num_threads() or threads)
+
+
+def jobs_for(accelerator: torch.device) -> int:
+    """How many models are trained side by side: one on a GPU, else what the cores allow."""
+    if accelerator.type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MAX_JOBS, cores // (_omp_num_threads() or TRAIN_THREADS)))
+
+
+def _omp_num_threads() -> int:
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdigit() else 0
 
 
 def git_commit() -> str | None:

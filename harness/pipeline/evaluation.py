@@ -20,7 +20,7 @@ from harness.crafting.perturbation import Perturbation, check_fits, load_perturb
 from harness.inference import predict, torch_machine
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.checkpoints import reference_form
-from harness.pipeline.context import Context
+from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.exports import model_record
 from harness.pipeline.tasks import Progress, Task
 from harness.records import ModelRecord, PredictionRun, Runtime, UapRecord
@@ -112,6 +112,7 @@ def evaluate(
     progress: Progress,
 ) -> None:
     """Measure what the store lacks, and store it."""
+    use_cpu_threads(CPU_THREADS)
     with context.open_store() as store:
         model = model_record(context, victim.name, victim.onnx)
         attacks = [load_attack(context, path) for path in uap_paths]

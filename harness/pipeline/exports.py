@@ -22,7 +22,7 @@ from harness.pipeline.checkpoints import (
     valid_checkpoint,
     with_parents,
 )
-from harness.pipeline.context import Context
+from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.records import PAPER_ORDER, HarnessError, ModelRecord, Variant
 
@@ -91,6 +91,7 @@ def _export_task(context: Context, variant: Variant) -> Task:
 
 
 def _export(context: Context, variant: Variant, progress: Progress) -> None:
+    use_cpu_threads(CPU_THREADS)
     checkpoint_path = context.workspace.checkpoint(variant.name)
     trained = load_checkpoint(checkpoint_path).build()
     model = deployed_form(trained)

@@ -2,14 +2,19 @@
 
 Enters: a list of tasks in an order that respects their dependencies. Leaves: their artefacts.
 The artefacts on disk are the only state: kill the process anywhere and run the same list again.
+
+Tasks that follow each other and may run side by side do so, in threads of this process: what
+they spend their time on (PyTorch) releases the interpreter, and they die with it.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 Progress = Callable[[float, str], None]
@@ -29,6 +34,10 @@ class Task:
     is_done: Callable[[], bool]
     run: Callable[[Progress], None]
     """Builds it, telling how far it is."""
+    side_by_side: bool = False
+    """Whether it may run beside its neighbours in the list that may, too."""
+    after: tuple[str, ...] = ()
+    """Names of tasks beside it whose artefacts it needs."""
 
 
 class Reporter(Protocol):
@@ -38,7 +47,7 @@ class Reporter(Protocol):
         """These tasks are to be run, in this order."""
 
     def start(self, task: Task) -> None:
-        """A task starts."""
+        """A task starts; others may be running."""
 
     def advance(self, task: Task, fraction: float, note: str) -> None:
         """A task is this far, 0 to 1."""
@@ -69,23 +78,84 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-def run_tasks(tasks: Sequence[Task], reporter: Reporter) -> int:
-    """Run what is not done yet, in order. Returns how many tasks were run.
+def run_tasks(tasks: Sequence[Task], reporter: Reporter, *, jobs: int = 1) -> int:
+    """Run what is not done yet. Returns how many tasks were run.
 
     A task's validity is checked right before it would run: by then its inputs are there.
+
+    Args:
+        tasks: in an order that respects their dependencies.
+        reporter: told from one thread at a time.
+        jobs: how many tasks may run side by side.
     """
     ran = 0
     reporter.begin(tasks)
     try:
-        for task in tasks:
-            if task.is_done():
-                reporter.finish(task, 0.0)
-                continue
-            reporter.start(task)
-            began = time.monotonic()
-            task.run(partial(reporter.advance, task))
-            ran += 1
-            reporter.finish(task, max(time.monotonic() - began, 1e-3))
+        for beside, group in itertools.groupby(tasks, key=lambda task: task.side_by_side):
+            ran += _Crew(reporter, jobs if beside else 1).run(list(group))
     finally:
         reporter.end()
     return ran
+
+
+class _Stopped(Exception):
+    """Another task failed, or the user interrupted: raised inside a task to end it."""
+
+
+class _Crew:
+    """Runs one group of tasks, the longest chain of dependent ones first."""
+
+    def __init__(self, reporter: Reporter, jobs: int) -> None:
+        self._reporter = reporter
+        self._jobs = jobs
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self, tasks: list[Task]) -> int:
+        if self._jobs == 1:
+            return sum(self._run_one(task) for task in tasks)
+        names = {task.name for task in tasks}
+        waiting = sorted(tasks, key=lambda task: -_chain_work(task, tasks))
+        running: dict[Future[bool], Task] = {}
+        ran, done = 0, set[str]()
+        with ThreadPoolExecutor(self._jobs, thread_name_prefix="task") as pool:
+            try:
+                while waiting or running:
+                    ready = [t for t in waiting if names.intersection(t.after) <= done]
+                    for task in ready[: self._jobs - len(running)]:
+                        waiting.remove(task)
+                        running[pool.submit(self._run_one, task)] = task
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        ran += future.result()
+                        done.add(running.pop(future).name)
+            except BaseException:
+                # The pool waits for its threads: each ends at its next sign of progress.
+                self._stopping.set()
+                raise
+        return ran
+
+    def _run_one(self, task: Task) -> bool:
+        if task.is_done():
+            self._tell(self._reporter.finish, task, 0.0)
+            return False
+        self._tell(self._reporter.start, task)
+        began = time.monotonic()
+        task.run(lambda fraction, note: self._advance(task, fraction, note))
+        self._tell(self._reporter.finish, task, max(time.monotonic() - began, 1e-3))
+        return True
+
+    def _advance(self, task: Task, fraction: float, note: str) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+        self._tell(self._reporter.advance, task, fraction, note)
+
+    def _tell(self, what: Callable[..., None], *arguments: object) -> None:
+        with self._lock:
+            what(*arguments)
+
+
+def _chain_work(task: Task, tasks: list[Task]) -> float:
+    """Work of the longest chain of tasks that starts with this one."""
+    following = (t for t in tasks if task.name in t.after)
+    return task.work + max((_chain_work(t, tasks) for t in following), default=0.0)

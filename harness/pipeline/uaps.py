@@ -29,7 +29,7 @@ from harness.crafting.sgd import Request, SgdSettings, craft_sgd
 from harness.data.dataset import Split
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.checkpoints import checkpoint_key, deployed_form, valid_checkpoint
-from harness.pipeline.context import Context
+from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.records import CONTROLS, UsageError, variant_named
 from harness.workspace import UapName
@@ -194,6 +194,7 @@ def _settings(context: Context, name: UapName) -> SgdSettings:
 
 
 def _craft(context: Context, name: UapName, loaded: _LoadedModel, progress: Progress) -> None:
+    use_cpu_threads(CPU_THREADS)
     workspace, settings = context.workspace, _settings(context, name)
     split = _craft_split(context)
     key = uap_key(context, name)

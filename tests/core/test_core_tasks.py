@@ -1,0 +1,117 @@
+"""Tasks side by side: dependencies, order, failures, and interruption."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.pipeline.tasks import Progress, Silent, Task, run_tasks
+
+WAIT_SECONDS = 20.0
+
+
+def task(
+    name: str,
+    run: Callable[[Progress], None],
+    *,
+    work: float = 1.0,
+    after: tuple[str, ...] = (),
+    beside: bool = True,
+) -> Task:
+    return Task("train", name, work, lambda: False, run, side_by_side=beside, after=after)
+
+
+def test_two_tasks_really_run_at_once() -> None:
+    both = threading.Barrier(2)
+    tasks = [task(name, lambda _: (both.wait(WAIT_SECONDS), None)[1]) for name in "ab"]
+    assert run_tasks(tasks, Silent(), jobs=2) == 2
+
+
+def test_a_task_that_must_be_alone_is() -> None:
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[[Progress], None]:
+        def run(_progress: Progress) -> None:
+            running.append(name)
+            assert running == [name]
+            threading.Event().wait(0.02)
+            running.remove(name)
+
+        return run
+
+    tasks = [task(name, enter(name), beside=False) for name in "abc"]
+    assert run_tasks(tasks, Silent(), jobs=3) == 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 20), max_size=3), min_size=1, max_size=12), st.data())
+def test_a_task_starts_after_all_it_needs(needs: list[list[int]], data: st.DataObject) -> None:
+    """Any acyclic dependencies, any number of jobs: every task runs once, after its inputs."""
+    jobs = data.draw(st.integers(1, 4))
+    finished: list[int] = []
+    tasks = []
+    for index, wanted in enumerate(needs):
+        inputs = {i % index for i in wanted} if index else set()
+
+        def run(_progress: Progress, index: int = index, inputs: set[int] = inputs) -> None:
+            assert inputs <= set(finished)
+            finished.append(index)
+
+        tasks.append(task(str(index), run, after=tuple(map(str, sorted(inputs)))))
+    assert run_tasks(tasks, Silent(), jobs=jobs) == len(needs)
+    assert sorted(finished) == list(range(len(needs)))
+
+
+def test_the_longest_chain_goes_first() -> None:
+    """Two cores: full, then its three descendants, beside everything that depends on nothing."""
+    started: list[str] = []
+    tasks = [
+        task("full", lambda _: started.append("full"), work=5),
+        task("sfp", lambda _: started.append("sfp"), work=6),
+        task("pp2", lambda _: started.append("pp2"), after=("full",)),
+        task("q4", lambda _: started.append("q4"), work=4, after=("full",)),
+        task("q3", lambda _: started.append("q3"), work=4, after=("q4",)),
+    ]
+    run_tasks(tasks, Silent(), jobs=2)
+    assert set(started[:2]) == {"full", "sfp"}
+    assert started.index("q4") < started.index("pp2")
+
+
+def test_what_is_cached_is_not_run() -> None:
+    def never(_progress: Progress) -> None:
+        raise AssertionError
+
+    cached = [
+        Task("train", name, 1.0, lambda: True, never, side_by_side=True, after=needs)
+        for name, needs in (("full", ()), ("pp2", ("full",)))
+    ]
+    assert run_tasks(cached, Silent(), jobs=2) == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("diverged"), KeyboardInterrupt()])
+def test_a_failure_ends_the_others_and_is_what_the_user_sees(error: BaseException) -> None:
+    stopped, unreached = threading.Event(), threading.Event()
+    long_started = threading.Event()
+
+    def fail(_progress: Progress) -> None:
+        assert long_started.wait(WAIT_SECONDS)
+        raise error
+
+    def long(progress: Progress) -> None:
+        long_started.set()
+        try:
+            while True:
+                progress(0.5, "")
+        except BaseException:
+            stopped.set()
+            raise
+
+    tasks = [task("fail", fail), task("long", long), task("next", lambda _: unreached.set())]
+    with pytest.raises(type(error)):
+        run_tasks(tasks, Silent(), jobs=2)
+    assert stopped.is_set()
+    assert not unreached.is_set()
