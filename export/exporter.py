@@ -19,7 +19,7 @@ from torch import nn
 from export.cost import cost_card
 from export.float_graph import float_graph
 from export.graph import NOMINAL_BITS, serialise
-from export.integer_graph import integer_graph
+from export.integer_graph import Kernel, integer_graph
 from export.slim import SlimReport, slim
 from export.verify import Agreement, Images, verify_float, verify_integer
 from harness.artefacts import sha256_file, write_atomic
@@ -58,6 +58,8 @@ def export_model(
     metadata: Mapping[str, str],
     classes: tuple[str, ...] = (),
     align: int = 1,
+    packed: bool = True,
+    kernels: Mapping[str, Kernel] | None = None,
 ) -> Exported:
     """Write `out` (.onnx) and its manifest (.json), or nothing.
 
@@ -70,6 +72,8 @@ def export_model(
         metadata: written into the file and the manifest (variant, data set, seed, ...).
         classes: class names, in the order of the logits; empty when unknown.
         align: round slimmed widths up to a multiple of this.
+        packed: store an integer model's weights several to a code (`export.packing`).
+        kernels: an integer model's layer name -> the form of its convolution.
 
     Raises:
         HarnessError: the file would not agree with `reference`, or cannot be written.
@@ -93,7 +97,10 @@ def export_model(
     if isinstance(model, IntegerResNet):
         if not isinstance(reference, IntegerResNet):
             raise TypeError("an integer export is compared with its integer twin")
-        content = serialise(integer_graph(model, image_shape=image_shape, metadata=properties))
+        graph = integer_graph(
+            model, image_shape=image_shape, metadata=properties, packed=packed, kernels=kernels
+        )
+        content = serialise(graph)
         agreement = verify_integer(content, reference, calibration)
     else:
         model, slimming = slim(model, align=align)

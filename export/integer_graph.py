@@ -7,12 +7,17 @@ where the runtime's optimiser happens to fuse it.
 A quantiser is Sub(quarter unit), QuantizeLinear(half unit) - the "codes" - and a 256-entry table -
 the "levels". The table is read by GatherElements on the flattened tensor, six times faster than
 Gather (FACTS E).
+
+Every hidden convolution has two exact forms: an integer kernel (QLinearConv or ConvInteger), and a
+float convolution over the same whole numbers, whose sums stay below 2^24. Which is faster depends
+on shape and processor, so it is chosen by measurement (`export.tuning`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -20,6 +25,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from export.graph import Array, GraphBuilder, NominalBits, conv_attributes
+from export.packing import packed_constant
 from harness.models.integer import (
     ActivationQuantiser,
     IntegerBlock,
@@ -47,6 +53,10 @@ class Exposed(NamedTuple):
     """Tensor of its integer levels, uint8."""
 
 
+Kernel = Literal["integer", "float"]
+"""The form a hidden convolution takes in the file; both compute the same whole numbers."""
+
+
 class _Features(NamedTuple):
     """A tensor [N, channels, height, width] of the graph."""
 
@@ -56,10 +66,34 @@ class _Features(NamedTuple):
     width: int
 
 
+@dataclass
+class _Levels:
+    """Integer activations, written as uint8 or as float when a convolution first asks."""
+
+    name: str
+    shape: _Features
+    table: LevelTable
+    index: str
+    """The flat int32 codes that the table is read at."""
+    written: dict[Kernel, str] = field(default_factory=dict)
+
+
 def integer_graph(
-    model: IntegerResNet, *, image_shape: tuple[int, int, int], metadata: Mapping[str, str]
+    model: IntegerResNet,
+    *,
+    image_shape: tuple[int, int, int],
+    metadata: Mapping[str, str],
+    packed: bool = True,
+    kernels: Mapping[str, Kernel] | None = None,
 ) -> onnx.ModelProto:
-    """The twin as ONNX; `image_shape` is (C, H, W). All weights are stored in 8 bits.
+    """The twin as ONNX.
+
+    Args:
+        model: the integer network.
+        image_shape: (C, H, W).
+        metadata: written into the file.
+        packed: store hidden weights several to a code (`export.packing`), else one to a byte.
+        kernels: layer name (`blocks.3.conv1`) -> its form; what is not named is integer.
 
     Raises:
         ValueError: `metadata` uses a reserved key, or the mean is not in whole pixel units.
@@ -67,7 +101,7 @@ def integer_graph(
     mean = _array(model.mean_255)
     if not np.array_equal(mean, np.rint(mean)):
         raise ValueError(f"an integer stem needs a whole mean, not {mean.flatten().tolist()}")
-    writer = _Writer(GraphBuilder(image_shape), model.bits)
+    writer = _Writer(GraphBuilder(image_shape), model.bits, packed=packed, kernels=kernels or {})
     x = _Features(writer.graph.centred_image(mean), *image_shape)
     x = writer.stem(model.stem, x)
     for index, block in enumerate(model.blocks()):
@@ -107,10 +141,21 @@ def exposed_layers(model: IntegerResNet) -> tuple[Exposed, ...]:
 class _Writer:
     """Appends the twin's layers to a graph, noting each layer's nominal bits."""
 
-    def __init__(self, graph: GraphBuilder, hidden_bits: int) -> None:
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        hidden_bits: int,
+        *,
+        packed: bool,
+        kernels: Mapping[str, Kernel],
+    ) -> None:
         self.graph = graph
         self.bits: NominalBits = {}
         self._hidden_bits = (hidden_bits, hidden_bits)
+        self._kernels = kernels
+        self._weight: Callable[[str, Array], str] = (
+            (lambda name, value: packed_constant(graph, name, value)) if packed else graph.constant
+        )
 
     def stem(self, stem: RescaledConv, x: _Features) -> _Features:
         """Float convolution of whole numbers: QLinearConv at 8 x 8 bits would saturate AVX2."""
@@ -137,7 +182,7 @@ class _Writer:
         added = graph.node("Add", [y.tensor, skip.tensor], f"{name}.add")
         return y._replace(tensor=graph.node("Relu", [added], f"{name}.relu"))
 
-    def _quantise(self, quantiser: ActivationQuantiser, x: _Features, name: str) -> _Features:
+    def _quantise(self, quantiser: ActivationQuantiser, x: _Features, name: str) -> _Levels:
         graph = self.graph
         quarter = graph.constant(f"{name}.quarter_unit", _array(quantiser.quarter_unit))
         half = graph.constant(f"{name}.half_unit", _array(quantiser.half_unit))
@@ -145,54 +190,102 @@ class _Writer:
         codes = graph.node("QuantizeLinear", [shifted, half, self._zero()], f"{name}.codes")
         return self._look_up(quantiser.levels, x._replace(tensor=codes), name)
 
-    def _look_up(self, table: LevelTable, codes: _Features, name: str) -> _Features:
-        """Codes -> levels. The shape comes back from constants: only N is dynamic."""
+    def _look_up(self, table: LevelTable, codes: _Features, name: str) -> _Levels:
         graph = self.graph
-        dims = codes[1:]
-        shape = "shape." + "x".join(str(dim) for dim in dims)
-        graph.constant(shape, np.array([-1, *dims], dtype=np.int64))
         flat = graph.constant("shape.flat", np.array([-1], dtype=np.int64))
-        entries = graph.constant(f"levels.{table.bits}bit", _array(table.table).astype(np.uint8))
         index = graph.node("Reshape", [codes.tensor, flat], f"{name}.flat")
         index = graph.node("Cast", [index], f"{name}.index", to=TensorProto.INT32)
-        looked_up = graph.node("GatherElements", [entries, index], f"{name}.looked_up", axis=0)
-        levels = graph.node("Reshape", [looked_up, shape], f"{name}.levels")
-        return codes._replace(tensor=levels)
+        return _Levels(name, codes, table, index)
 
-    def _requantised(self, layer: RequantisedConv, x: _Features, name: str) -> _Features:
+    def _as(self, levels: _Levels, kernel: Kernel) -> str:
+        """The tensor of integer activations that a convolution of this form reads."""
+        if kernel in levels.written:
+            return levels.written[kernel]
+        graph, table = self.graph, levels.table
+        name = f"{levels.name}.levels"
+        if levels.written:  # in the other type: both forms read this tensor
+            (other,) = levels.written.values()
+            to = TensorProto.FLOAT if kernel == "float" else TensorProto.UINT8
+            tensor = graph.node("Cast", [other], f"{name}.{kernel}", to=to)
+        else:
+            dtype = np.float32 if kernel == "float" else np.uint8
+            entries = graph.constant(
+                f"levels.{table.bits}bit.{kernel}", _array(table.table).astype(dtype)
+            )
+            # The shape comes back from constants: only N is dynamic.
+            dims = levels.shape[1:]
+            shape = "shape." + "x".join(str(dim) for dim in dims)
+            graph.constant(shape, np.array([-1, *dims], dtype=np.int64))
+            inputs = [entries, levels.index]
+            found = graph.node("GatherElements", inputs, f"{levels.name}.looked_up", axis=0)
+            tensor = graph.node("Reshape", [found, shape], name)
+        levels.written[kernel] = tensor
+        return tensor
+
+    def _requantised(self, layer: RequantisedConv, x: _Levels, name: str) -> _Levels:
         """Levels -> levels; the batch norm and the quarter unit live in scale and bias."""
         graph, output = self.graph, layer.output
         self.bits[name] = self._hidden_bits
-        weight = layer.conv.weight_int8() * np.int8(layer.multiplier)
-        inputs = [
-            x.tensor,
-            graph.constant(f"{name}.input_unit", np.array(layer.input_unit, dtype=np.float32)),
-            self._zero(),
-            graph.constant(f"{name}.weight", weight),
-            graph.constant(f"{name}.weight_scale", layer.weight_scale),
-            graph.constant(f"zeros.{len(weight)}", np.zeros(len(weight), dtype=np.int8)),
-            graph.constant(f"{name}.half_unit", _array(output.half_unit)),
-            self._zero(),
-            graph.constant(f"{name}.bias", layer.bias_int32()),
-        ]
         codes = f"{name}.codes"
-        graph.node("QLinearConv", inputs, name, output=codes, **_attributes(layer.conv))
-        return self._look_up(output.levels, _convolved(codes, x, layer.conv), name)
+        kernel = self._kernels.get(name, "integer")
+        activations = self._as(x, kernel)
+        if kernel == "float":
+            sums = self._float_sums(layer.conv, activations, name)
+            whole = graph.constant(f"{name}.multiplier", np.array(layer.multiplier, np.float32))
+            bias = graph.constant(f"{name}.bias", _array(layer.bias))
+            gain = graph.constant(f"{name}.gain", _array(layer.gain))
+            step = graph.node("Mul", [sums, whole], f"{name}.multiplied")
+            step = graph.node("Add", [step, bias], f"{name}.biased")
+            step = graph.node("Mul", [step, gain], f"{name}.half_units")
+            one = graph.constant("one", np.array(1, dtype=np.float32))
+            graph.node(
+                "QuantizeLinear", [step, one, self._zero()], f"{name}.quantised", output=codes
+            )
+        else:
+            weight = layer.conv.weight_int8() * np.int8(layer.multiplier)
+            inputs = [
+                activations,
+                graph.constant(f"{name}.input_unit", np.array(layer.input_unit, dtype=np.float32)),
+                self._zero(),
+                self._weight(f"{name}.weight", weight),
+                graph.constant(f"{name}.weight_scale", layer.weight_scale),
+                graph.constant(f"zeros.{len(weight)}", np.zeros(len(weight), dtype=np.int8)),
+                graph.constant(f"{name}.half_unit", _array(output.half_unit)),
+                self._zero(),
+                graph.constant(f"{name}.bias", layer.bias_int32()),
+            ]
+            graph.node("QLinearConv", inputs, name, output=codes, **_attributes(layer.conv))
+        shape = _convolved(codes, x.shape, layer.conv)
+        return self._look_up(output.levels, shape, name)
 
-    def _rescaled(self, layer: RescaledConv, x: _Features, name: str) -> _Features:
-        """Levels -> float: exact int32 sums, then one scale and one shift per channel."""
+    def _rescaled(self, layer: RescaledConv, x: _Levels, name: str) -> _Features:
+        """Levels -> float: exact sums, then one scale and one shift per channel."""
         graph = self.graph
         self.bits[name] = self._hidden_bits
-        weight = (layer.conv.weight_int8().astype(np.int16) + _UINT8_MIDDLE).astype(np.uint8)
-        inputs = [
-            x.tensor,
-            graph.constant(f"{name}.weight", weight),
-            self._zero(),
-            graph.constant("middle.uint8", np.array(_UINT8_MIDDLE, dtype=np.uint8)),
-        ]
-        sums = graph.node("ConvInteger", inputs, name, **_attributes(layer.conv))
-        sums = graph.node("Cast", [sums], f"{name}.float", to=TensorProto.FLOAT)
-        return _convolved(self._rescale(layer, sums, name), x, layer.conv)
+        kernel = self._kernels.get(name, "integer")
+        activations = self._as(x, kernel)
+        if kernel == "float":
+            sums = self._float_sums(layer.conv, activations, name)
+        else:
+            weight = (layer.conv.weight_int8().astype(np.int16) + _UINT8_MIDDLE).astype(np.uint8)
+            inputs = [
+                activations,
+                self._weight(f"{name}.weight", weight),
+                self._zero(),
+                graph.constant("middle.uint8", np.array(_UINT8_MIDDLE, dtype=np.uint8)),
+            ]
+            sums = graph.node("ConvInteger", inputs, name, **_attributes(layer.conv))
+            sums = graph.node("Cast", [sums], f"{name}.float", to=TensorProto.FLOAT)
+        return _convolved(self._rescale(layer, sums, name), x.shape, layer.conv)
+
+    def _float_sums(self, conv: IntegerConv, activations: str, name: str) -> str:
+        """Float convolution of whole numbers: exact while sums stay below 2^24."""
+        graph = self.graph
+        stored = self._weight(f"{name}.weight.int8", conv.weight_int8())
+        weight = graph.node("Cast", [stored], f"{name}.weight", to=TensorProto.FLOAT)
+        sums = graph.node("Conv", [activations, weight], name, **_attributes(conv))
+        # Without it the runtime folds the scale that follows into the weights: no longer whole.
+        return graph.node("Round", [sums], f"{name}.whole")
 
     def _rescale(self, layer: RescaledConv, sums: str, name: str) -> str:
         graph = self.graph

@@ -20,8 +20,8 @@ from harness.records import HarnessError
 
 _FOLDABLE = frozenset(
     (
-        "Cast", "DequantizeLinear", "Gather", "GatherElements", "Identity", "Reshape", "Slice",
-        "Squeeze", "Transpose", "Unsqueeze",
+        "Cast", "DequantizeLinear", "Div", "Gather", "GatherElements", "Identity", "Mod", "Reshape",
+        "Slice", "Squeeze", "Transpose", "Unsqueeze",
     )
 )  # fmt: skip
 """What may stand between a stored tensor and the operator that uses it."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor, nn
 
 from export.graph import IMAGE, LOGITS
@@ -244,12 +244,13 @@ def _differences(expected: npt.NDArray[np.uint8], actual: npt.NDArray[Any]) -> i
 
 def _with_outputs(model_bytes: bytes, tensors: list[str]) -> bytes:
     model = onnx.load_model_from_string(model_bytes)
-    present = {name for node in model.graph.node for name in node.output}
-    missing = [name for name in tensors if name not in present]
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    types = {info.name: info.type.tensor_type.elem_type for info in inferred}
+    missing = [name for name in tensors if name not in types]
     if missing:
         raise HarnessError(f"the ONNX file has no tensor {missing[0]!r} to compare with the twin")
     model.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in tensors
+        helper.make_tensor_value_info(name, types[name], None) for name in tensors
     )
     content: bytes = model.SerializeToString()
     return content

@@ -26,7 +26,7 @@ from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.records import PAPER_ORDER, HarnessError, ModelRecord, Variant
 
-VERSION = 1
+VERSION = 2
 EXPORT_FORWARDS = 1500.0
 """Rough cost of an export in forward passes of one image: building, checking, compressing."""
 
