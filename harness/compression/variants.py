@@ -22,7 +22,7 @@ from harness.models.resnet import ModelSpec, ResNet, build_model
 from harness.records import Method, UsageError, Variant
 from harness.training.loop import Progress, Recipe, train
 
-VERSION = 1
+VERSION = 3
 """Raised when training changes what it makes; every checkpoint is then rebuilt."""
 
 

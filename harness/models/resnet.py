@@ -156,17 +156,23 @@ class ResNet(nn.Module):
 def build_model(spec: ModelSpec, *, seed: int) -> ResNet:
     """A freshly initialised model; the same seed gives the same weights.
 
-    Convolutions are He-initialised (fan-out), batch norm starts at identity.
+    Convolutions are He-initialised (fan-out), batch norm starts at identity, the last layer is
+    uniform within 1 / sqrt(features), as PyTorch does.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # the layers' own default initialisation draws too
-        torch.manual_seed(seed)
+    # Layers draw from PyTorch's global generator as they are made. Models are built side by side,
+    # so nothing of that may last: every weight is drawn again below.
+    with torch.random.fork_rng(devices=[]):
         model = ResNet(spec)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-            with torch.no_grad():
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
                 module.weight.normal_(0.0, (2.0 / fan_out) ** 0.5, generator=generator)
+            elif isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                module.weight.uniform_(-bound, bound, generator=generator)
+                module.bias.uniform_(-bound, bound, generator=generator)
     return model
 
 
