@@ -11,9 +11,9 @@ inferred for one image.
   scales and shifts that an integer layer carries outside its operator. Not counted: per-tensor
   scales, zero points, tables, shapes, masks.
 - **nonzeros**: those of them that are not zero; a quantised weight equal to its zero point is 0.
-- **BOPs**: MACs x weight bits x activation bits. Executed: 8 x 8 for integer operators, 32 x 32
-  for float ones - also inside a QDQ pair, which only some runtimes fuse. Nominal: from the file's
-  metadata `nominal_bits`, else as executed.
+- **BOPs**: MACs x weight bits x activation bits. Executed: 8 x 8 for integer operators and for
+  those between DequantizeLinear and QuantizeLinear, which onnxruntime fuses, 32 x 32 for float
+  ones. Nominal: from the file's metadata `nominal_bits`, else as executed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from export.onnx_reader import Graph
 from harness.records import CostCard, HarnessError
 
 _FLOAT_BITS, _INTEGER_BITS = 32, 8
+_BYTES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def _layers(graph: Graph, nominal: dict[str, list[int]]) -> Iterator[dict[str, A
             if value is not None:
                 params += value.size
                 nonzeros += int(np.count_nonzero(value != zero_point))
-        executed = [operator.bits, operator.bits]
+        bits = _INTEGER_BITS if _is_fused(graph, node) else operator.bits
+        executed = [bits, bits]
         yield {
             "name": node.name,
             "op": node.op_type,
@@ -148,6 +150,25 @@ def _layers(graph: Graph, nominal: dict[str, list[int]]) -> Iterator[dict[str, A
             "bits_nominal": nominal.get(node.name, executed),
             "output": list(graph.shape(node.output[0])),
         }
+
+
+def _is_fused(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether onnxruntime makes one integer operator of a float one and the nodes around it.
+
+    It does where both operands are dequantised from 8 bits and the result is quantised again; a
+    Gemm or MatMul may also leave it as float.
+    """
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return False
+    for name in node.input[:2]:
+        source = graph.producer(name)
+        if source is None or source.op_type != "DequantizeLinear":
+            return False
+        if graph.element_type(source.input[0]) not in _BYTES:
+            return False
+    consumer = graph.only_consumer(node.output[0])
+    requantised = consumer is not None and consumer.op_type == "QuantizeLinear"
+    return requantised or node.op_type != "Conv"
 
 
 def _parameters(

@@ -19,9 +19,12 @@ from torch import nn
 from export.cost import cost_card
 from export.float_graph import float_graph
 from export.graph import NOMINAL_BITS, serialise
-from export.integer_graph import Kernel, integer_graph
+from export.integer_graph import integer_graph
+from export.integer_layers import Kernel
+from export.runtime import Images, RunSettings
+from export.saturation import saturation_margins
 from export.slim import SlimReport, slim
-from export.verify import Agreement, Images, verify_float, verify_integer
+from export.verify import Agreement, verify_float, verify_integer
 from harness.artefacts import sha256_file, write_atomic
 from harness.models.folded import FoldedResNet
 from harness.models.integer import IntegerResNet
@@ -29,9 +32,13 @@ from harness.records import CostCard, HarnessError
 
 FORMAT_VERSION = 1
 """Of the manifest."""
+MIN_ONNXRUNTIME = "1.15.0"
+"""The oldest that is tested (tests/export/test_oldest_runtime.py); opset 13 alone asks for less."""
 _CLASSES = "classes"
 _MANIFEST_KEYS = {"format", "sha256", "cost", "metadata"}
 _IMAGE_DIMS = 4
+EXPORT_SETTINGS = (RunSettings(), RunSettings(threads=1, optimise=False, batch_size=128))
+"""What every file is checked under before it is written; `harness export --verify` tries more."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +88,11 @@ def export_model(
         ValueError: calibration images, file name, class names or metadata of the wrong form, or a
             mask that cannot be exported.
     """
-    if calibration.dtype.name != "uint8" or calibration.ndim != _IMAGE_DIMS or not len(calibration):
-        raise ValueError(
-            f"calibration must be uint8 [N, C, H, W], not {calibration.dtype} {calibration.shape}"
-        )
-    if out.suffix != ".onnx":
-        raise ValueError(f"the exported file must be called *.onnx, not {out.name}")
-    channels, height, width = calibration.shape[1:]
-    image_shape = (channels, height, width)
-    properties = dict(metadata)
-    _check_classes(model, classes, properties)
-    if classes:
-        properties[_CLASSES] = json.dumps(classes, ensure_ascii=False)
+    image_shape, properties = check_request(
+        model, out=out, calibration=calibration, metadata=metadata, classes=classes
+    )
     slimming: SlimReport | None = None
+    margins: list[dict[str, Any]] | None = None
     if isinstance(model, IntegerResNet):
         if not isinstance(reference, IntegerResNet):
             raise TypeError("an integer export is compared with its integer twin")
@@ -101,19 +100,94 @@ def export_model(
             model, image_shape=image_shape, metadata=properties, packed=packed, kernels=kernels
         )
         content = serialise(graph)
-        agreement = verify_integer(content, reference, calibration)
+        agreement = verify_integer(content, reference, calibration, settings=EXPORT_SETTINGS)
+        margins = [asdict(margin) for margin in saturation_margins(model)]
     else:
         model, slimming = slim(model, align=align)
         content = serialise(float_graph(model, image_shape=image_shape, metadata=properties))
-        agreement = verify_float(content, reference, calibration)
+        agreement = verify_float(
+            content, reference, calibration, deployed=model, settings=EXPORT_SETTINGS
+        )
     if not agreement.passed:
         raise HarnessError(
             f"export of {out.stem} refused, nothing written: it is not the PyTorch model: "
             f"{agreement.reason}"
         )
+    return save_export(
+        content,
+        agreement,
+        out=out,
+        calibration=calibration,
+        metadata=metadata,
+        classes=classes,
+        slimming=slimming,
+        details={
+            "saturation": margins,
+            "packed": packed and margins is not None,
+            "float_kernels": sorted(n for n, form in (kernels or {}).items() if form == "float"),
+        },
+    )
+
+
+def check_request(
+    model: FoldedResNet | IntegerResNet,
+    *,
+    out: Path,
+    calibration: Images,
+    metadata: Mapping[str, str],
+    classes: tuple[str, ...],
+) -> tuple[tuple[int, int, int], dict[str, str]]:
+    """((C, H, W) of the images, the properties the file will hold) of a request that makes sense.
+
+    Raises:
+        ValueError: calibration images, file name, class names or metadata of the wrong form.
+    """
+    if calibration.dtype.name != "uint8" or calibration.ndim != _IMAGE_DIMS or not len(calibration):
+        raise ValueError(
+            f"calibration must be uint8 [N, C, H, W], not {calibration.dtype} {calibration.shape}"
+        )
+    if out.suffix != ".onnx":
+        raise ValueError(f"the exported file must be called *.onnx, not {out.name}")
+    channels, height, width = calibration.shape[1:]
+    properties = dict(metadata)
+    _check_classes(model, classes, properties)
+    if classes:
+        properties[_CLASSES] = json.dumps(classes, ensure_ascii=False)
+    return (channels, height, width), properties
+
+
+def save_export(
+    content: bytes,
+    agreement: Agreement,
+    *,
+    out: Path,
+    calibration: Images,
+    metadata: Mapping[str, str],
+    classes: tuple[str, ...],
+    slimming: SlimReport | None,
+    details: Mapping[str, Any],
+) -> Exported:
+    """Count a finished file, then write it and its manifest.
+
+    Args:
+        content: the ONNX file's bytes.
+        agreement: what comparing it with PyTorch on `calibration` gave.
+        out: the .onnx file; the manifest goes beside it.
+        calibration: uint8 [N, C, H, W], the images it was compared on.
+        metadata: as the file holds it.
+        classes: class names, in the order of the logits.
+        slimming: what was removed; None where nothing is slimmed.
+        details: what else the manifest says.
+
+    Raises:
+        HarnessError: the folder cannot be written.
+    """
+    channels, height, width = calibration.shape[1:]
+    image_shape = (channels, height, width)
     cost = cost_card(content, image_shape=image_shape)
     sha256 = hashlib.sha256(content).hexdigest()
     manifest = {
+        **details,
         "format": FORMAT_VERSION,
         "sha256": sha256,
         "metadata": dict(metadata),
@@ -122,7 +196,9 @@ def export_model(
         "cost": asdict(cost),
         "slimming": None if slimming is None else asdict(slimming),
         "agreement": asdict(agreement),
+        "agreement_images_sha256": hashlib.sha256(calibration.tobytes()).hexdigest(),
         "min_opset": cost.opset,
+        "min_onnxruntime": MIN_ONNXRUNTIME,
         "checked_with": {"onnxruntime": agreement.runtime_version},
         NOMINAL_BITS: {layer["name"]: layer["bits_nominal"] for layer in cost.layers},
     }

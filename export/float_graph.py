@@ -36,6 +36,14 @@ def float_graph(
     return graph.finish(classes=model.fc.out_features, metadata=metadata, nominal_bits=bits)
 
 
+def exposed_blocks(model: FoldedResNet) -> dict[str, str]:
+    """Tensor of the file -> the module of `model` whose output it is, block by block."""
+    return {
+        f"blocks.{i}.{'relu' if block.mask is None else 'masked'}": f"layers.{i}"
+        for i, block in enumerate(model.blocks())
+    }
+
+
 def _block(graph: GraphBuilder, bits: NominalBits, block: FoldedBlock, x: str, name: str) -> str:
     hidden = _conv(graph, bits, block.conv1, x, f"{name}.conv1")
     hidden = graph.node("Relu", [hidden], f"{name}.conv1.relu")

@@ -1,45 +1,30 @@
 """An APoT variant as an ONNX graph of integer operators that stock onnxruntime runs.
 
-Enters: the integer twin that was attacked. Leaves: a `ModelProto` that computes the same codes
-bit for bit (FACTS E), in explicit QLinearConv and ConvInteger: a QDQ graph would be exact only
-where the runtime's optimiser happens to fuse it.
-
-A quantiser is Sub(quarter unit), QuantizeLinear(half unit) - the "codes" - and a 256-entry table -
-the "levels". The table is read by GatherElements on the flattened tensor, six times faster than
-Gather (FACTS E).
-
-Every hidden convolution has two exact forms: an integer kernel (QLinearConv or ConvInteger), and a
-float convolution over the same whole numbers, whose sums stay below 2^24. Which is faster depends
-on shape and processor, so it is chosen by measurement (`export.tuning`).
+Enters: the integer twin that was attacked. Leaves: a `ModelProto` that computes the same codes,
+the names of its quantised tensors, and single layers of it for timing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto
-from torch import Tensor
 
-from export.graph import Array, GraphBuilder, NominalBits, conv_attributes
-from export.packing import packed_constant
-from harness.models.integer import (
-    ActivationQuantiser,
-    IntegerBlock,
-    IntegerConv,
-    IntegerResNet,
-    LevelTable,
-    RequantisedConv,
-    RescaledConv,
+from export.graph import GraphBuilder
+from export.integer_layers import (
+    Features,
+    IntegerWriter,
+    Kernel,
+    as_array,
+    convolved,
+    same_quantiser,
 )
+from harness.models.integer import IntegerResNet, RequantisedConv
 
-_EIGHT_BITS = (8, 8)
 _LAST_LAYER_BITS = (8, 32)
-_UINT8_MIDDLE = 128
-"""ConvInteger is seven times slower on int8 weights than on uint8 with this zero point."""
 
 
 class Exposed(NamedTuple):
@@ -51,31 +36,6 @@ class Exposed(NamedTuple):
     """Tensor of its half-unit counts, uint8."""
     levels: str
     """Tensor of its integer levels, uint8."""
-
-
-Kernel = Literal["integer", "float"]
-"""The form a hidden convolution takes in the file; both compute the same whole numbers."""
-
-
-class _Features(NamedTuple):
-    """A tensor [N, channels, height, width] of the graph."""
-
-    tensor: str
-    channels: int
-    height: int
-    width: int
-
-
-@dataclass
-class _Levels:
-    """Integer activations, written as uint8 or as float when a convolution first asks."""
-
-    name: str
-    shape: _Features
-    table: LevelTable
-    index: str
-    """The flat int32 codes that the table is read at."""
-    written: dict[Kernel, str] = field(default_factory=dict)
 
 
 def integer_graph(
@@ -98,15 +58,15 @@ def integer_graph(
     Raises:
         ValueError: `metadata` uses a reserved key, or the mean is not in whole pixel units.
     """
-    mean = _array(model.mean_255)
+    mean = as_array(model.mean_255)
     if not np.array_equal(mean, np.rint(mean)):
         raise ValueError(f"an integer stem needs a whole mean, not {mean.flatten().tolist()}")
-    writer = _Writer(GraphBuilder(image_shape), model.bits, packed=packed, kernels=kernels or {})
-    x = _Features(writer.graph.centred_image(mean), *image_shape)
+    graph = GraphBuilder(image_shape)
+    writer = IntegerWriter(graph, model.bits, packed=packed, kernels=kernels or {})
+    x = Features(graph.centred_image(mean), *image_shape)
     x = writer.stem(model.stem, x)
     for index, block in enumerate(model.blocks()):
         x = writer.block(block, x, f"blocks.{index}")
-    graph = writer.graph
     weight = graph.node(
         "DequantizeLinear",
         [
@@ -116,7 +76,7 @@ def integer_graph(
         ],
         "fc.weight",
     )
-    graph.classify(x.tensor, weight, _array(model.fc.bias))
+    graph.classify(x.tensor, weight, as_array(model.fc.bias))
     return graph.finish(
         classes=model.fc.levels.shape[0],
         metadata=metadata,
@@ -132,193 +92,73 @@ def exposed_layers(model: IntegerResNet) -> tuple[Exposed, ...]:
         layers.append(_exposed(f"{module}.quantise.levels", f"{name}.quantise"))
         layers.append(_exposed(f"{module}.conv1.output.levels", f"{name}.conv1"))
         if block.quantise_shortcut is not None:
-            shared = _same_quantiser(block.quantise, block.quantise_shortcut)
+            shared = same_quantiser(block.quantise, block.quantise_shortcut)
             tensor = f"{name}.quantise" if shared else f"{name}.quantise_shortcut"
             layers.append(_exposed(f"{module}.quantise_shortcut.levels", tensor))
     return tuple(layers)
 
 
-class _Writer:
-    """Appends the twin's layers to a graph, noting each layer's nominal bits."""
+class LayerShape(NamedTuple):
+    """What decides how fast a hidden convolution is."""
 
-    def __init__(
-        self,
-        graph: GraphBuilder,
-        hidden_bits: int,
-        *,
-        packed: bool,
-        kernels: Mapping[str, Kernel],
-    ) -> None:
-        self.graph = graph
-        self.bits: NominalBits = {}
-        self._hidden_bits = (hidden_bits, hidden_bits)
-        self._kernels = kernels
-        self._weight: Callable[[str, Array], str] = (
-            (lambda name, value: packed_constant(graph, name, value)) if packed else graph.constant
-        )
+    kind: str
+    """requantised (levels to levels) or rescaled (levels to float)."""
+    input: tuple[int, int, int]
+    """(C, H, W)."""
+    outputs: int
+    kernel: int
+    stride: int
 
-    def stem(self, stem: RescaledConv, x: _Features) -> _Features:
-        """Float convolution of whole numbers: QLinearConv at 8 x 8 bits would saturate AVX2."""
-        graph = self.graph
-        self.bits["stem"] = _EIGHT_BITS
-        stored = graph.constant("stem.weight.int8", stem.conv.weight_int8())
-        weight = graph.node("Cast", [stored], "stem.weight", to=TensorProto.FLOAT)
-        sums = graph.node("Conv", [x.tensor, weight], "stem", **_attributes(stem.conv))
-        # A fast convolution algorithm may leave the sums a little off whole numbers.
-        whole = graph.node("Round", [sums], "stem.whole")
-        shifted = self._rescale(stem, whole, "stem")
-        return _convolved(graph.node("Relu", [shifted], "stem.relu"), x, stem.conv)
+    @property
+    def text(self) -> str:
+        """For people."""
+        size = "x".join(map(str, self.input))
+        return f"{size} to {self.outputs}, {self.kernel}x{self.kernel}/{self.stride}"
 
-    def block(self, block: IntegerBlock, x: _Features, name: str) -> _Features:
-        graph = self.graph
-        levels = self._quantise(block.quantise, x, f"{name}.quantise")
-        hidden = self._requantised(block.conv1, levels, f"{name}.conv1")
-        y = self._rescaled(block.conv2, hidden, f"{name}.conv2")
-        skip = x
-        if block.shortcut is not None and block.quantise_shortcut is not None:
-            if not _same_quantiser(block.quantise, block.quantise_shortcut):
-                levels = self._quantise(block.quantise_shortcut, x, f"{name}.quantise_shortcut")
-            skip = self._rescaled(block.shortcut, levels, f"{name}.shortcut")
-        added = graph.node("Add", [y.tensor, skip.tensor], f"{name}.add")
-        return y._replace(tensor=graph.node("Relu", [added], f"{name}.relu"))
 
-    def _quantise(self, quantiser: ActivationQuantiser, x: _Features, name: str) -> _Levels:
-        graph = self.graph
-        quarter = graph.constant(f"{name}.quarter_unit", _array(quantiser.quarter_unit))
-        half = graph.constant(f"{name}.half_unit", _array(quantiser.half_unit))
-        shifted = graph.node("Sub", [x.tensor, quarter], f"{name}.shifted")
-        codes = graph.node("QuantizeLinear", [shifted, half, self._zero()], f"{name}.codes")
-        return self._look_up(quantiser.levels, x._replace(tensor=codes), name)
+def layer_shapes(
+    model: IntegerResNet, *, image_shape: tuple[int, int, int]
+) -> dict[str, LayerShape]:
+    """Every hidden convolution by its name in the file."""
+    x = convolved("", Features("", *image_shape), model.stem.conv)
+    shapes: dict[str, LayerShape] = {}
+    for index, block in enumerate(model.blocks()):
+        hidden = convolved("", x, block.conv1.conv)
+        for name, layer, reads in (
+            ("conv1", block.conv1, x),
+            ("conv2", block.conv2, hidden),
+            ("shortcut", block.shortcut, x),
+        ):
+            if layer is not None:
+                kind = "requantised" if isinstance(layer, RequantisedConv) else "rescaled"
+                outputs, _, kernel, _ = layer.conv.weight.shape
+                shapes[f"blocks.{index}.{name}"] = LayerShape(
+                    kind, reads[1:], outputs, kernel, layer.conv.stride
+                )
+        x = convolved("", hidden, block.conv2.conv)
+    return shapes
 
-    def _look_up(self, table: LevelTable, codes: _Features, name: str) -> _Levels:
-        graph = self.graph
-        flat = graph.constant("shape.flat", np.array([-1], dtype=np.int64))
-        index = graph.node("Reshape", [codes.tensor, flat], f"{name}.flat")
-        index = graph.node("Cast", [index], f"{name}.index", to=TensorProto.INT32)
-        return _Levels(name, codes, table, index)
 
-    def _as(self, levels: _Levels, kernel: Kernel) -> str:
-        """The tensor of integer activations that a convolution of this form reads."""
-        if kernel in levels.written:
-            return levels.written[kernel]
-        graph, table = self.graph, levels.table
-        name = f"{levels.name}.levels"
-        if levels.written:  # in the other type: both forms read this tensor
-            (other,) = levels.written.values()
-            to = TensorProto.FLOAT if kernel == "float" else TensorProto.UINT8
-            tensor = graph.node("Cast", [other], f"{name}.{kernel}", to=to)
-        else:
-            dtype = np.float32 if kernel == "float" else np.uint8
-            entries = graph.constant(
-                f"levels.{table.bits}bit.{kernel}", _array(table.table).astype(dtype)
-            )
-            # The shape comes back from constants: only N is dynamic.
-            dims = levels.shape[1:]
-            shape = "shape." + "x".join(str(dim) for dim in dims)
-            graph.constant(shape, np.array([-1, *dims], dtype=np.int64))
-            inputs = [entries, levels.index]
-            found = graph.node("GatherElements", inputs, f"{levels.name}.looked_up", axis=0)
-            tensor = graph.node("Reshape", [found, shape], name)
-        levels.written[kernel] = tensor
-        return tensor
-
-    def _requantised(self, layer: RequantisedConv, x: _Levels, name: str) -> _Levels:
-        """Levels -> levels; the batch norm and the quarter unit live in scale and bias."""
-        graph, output = self.graph, layer.output
-        self.bits[name] = self._hidden_bits
-        codes = f"{name}.codes"
-        kernel = self._kernels.get(name, "integer")
-        activations = self._as(x, kernel)
-        if kernel == "float":
-            sums = self._float_sums(layer.conv, activations, name)
-            whole = graph.constant(f"{name}.multiplier", np.array(layer.multiplier, np.float32))
-            bias = graph.constant(f"{name}.bias", _array(layer.bias))
-            gain = graph.constant(f"{name}.gain", _array(layer.gain))
-            step = graph.node("Mul", [sums, whole], f"{name}.multiplied")
-            step = graph.node("Add", [step, bias], f"{name}.biased")
-            step = graph.node("Mul", [step, gain], f"{name}.half_units")
-            one = graph.constant("one", np.array(1, dtype=np.float32))
-            graph.node(
-                "QuantizeLinear", [step, one, self._zero()], f"{name}.quantised", output=codes
-            )
-        else:
-            weight = layer.conv.weight_int8() * np.int8(layer.multiplier)
-            inputs = [
-                activations,
-                graph.constant(f"{name}.input_unit", np.array(layer.input_unit, dtype=np.float32)),
-                self._zero(),
-                self._weight(f"{name}.weight", weight),
-                graph.constant(f"{name}.weight_scale", layer.weight_scale),
-                graph.constant(f"zeros.{len(weight)}", np.zeros(len(weight), dtype=np.int8)),
-                graph.constant(f"{name}.half_unit", _array(output.half_unit)),
-                self._zero(),
-                graph.constant(f"{name}.bias", layer.bias_int32()),
-            ]
-            graph.node("QLinearConv", inputs, name, output=codes, **_attributes(layer.conv))
-        shape = _convolved(codes, x.shape, layer.conv)
-        return self._look_up(output.levels, shape, name)
-
-    def _rescaled(self, layer: RescaledConv, x: _Levels, name: str) -> _Features:
-        """Levels -> float: exact sums, then one scale and one shift per channel."""
-        graph = self.graph
-        self.bits[name] = self._hidden_bits
-        kernel = self._kernels.get(name, "integer")
-        activations = self._as(x, kernel)
-        if kernel == "float":
-            sums = self._float_sums(layer.conv, activations, name)
-        else:
-            weight = (layer.conv.weight_int8().astype(np.int16) + _UINT8_MIDDLE).astype(np.uint8)
-            inputs = [
-                activations,
-                self._weight(f"{name}.weight", weight),
-                self._zero(),
-                graph.constant("middle.uint8", np.array(_UINT8_MIDDLE, dtype=np.uint8)),
-            ]
-            sums = graph.node("ConvInteger", inputs, name, **_attributes(layer.conv))
-            sums = graph.node("Cast", [sums], f"{name}.float", to=TensorProto.FLOAT)
-        return _convolved(self._rescale(layer, sums, name), x.shape, layer.conv)
-
-    def _float_sums(self, conv: IntegerConv, activations: str, name: str) -> str:
-        """Float convolution of whole numbers: exact while sums stay below 2^24."""
-        graph = self.graph
-        stored = self._weight(f"{name}.weight.int8", conv.weight_int8())
-        weight = graph.node("Cast", [stored], f"{name}.weight", to=TensorProto.FLOAT)
-        sums = graph.node("Conv", [activations, weight], name, **_attributes(conv))
-        # Without it the runtime folds the scale that follows into the weights: no longer whole.
-        return graph.node("Round", [sums], f"{name}.whole")
-
-    def _rescale(self, layer: RescaledConv, sums: str, name: str) -> str:
-        graph = self.graph
-        scale = graph.constant(f"{name}.scale", _array(layer.scale))
-        shift = graph.constant(f"{name}.shift", _array(layer.shift))
-        scaled = graph.node("Mul", [sums, scale], f"{name}.scaled")
-        return graph.node("Add", [scaled, shift], f"{name}.shifted")
-
-    def _zero(self) -> str:
-        return self.graph.constant("zero.uint8", np.array(0, dtype=np.uint8))
+def layer_graph(
+    model: IntegerResNet, name: str, shape: LayerShape, kernel: Kernel
+) -> onnx.ModelProto:
+    """One hidden convolution alone, after a quantiser, as a model of its own: for timing it."""
+    index, part = name.split(".")[1:]
+    block = list(model.blocks())[int(index)]
+    graph = GraphBuilder(shape.input)
+    writer = IntegerWriter(graph, model.bits, packed=False, kernels={name: kernel})
+    centred = graph.centred_image(np.zeros((1, 1, 1, 1), dtype=np.float32))
+    levels = writer.quantise(block.quantise, Features(centred, *shape.input), "input")
+    layer = getattr(block, part)
+    if isinstance(layer, RequantisedConv):
+        hidden = writer.as_read_by(writer.requantised(layer, levels, name), kernel)
+        output = graph.node("Cast", [hidden], "hidden.float", to=TensorProto.FLOAT)
+    else:
+        output = writer.rescaled(layer, levels, name).tensor
+    weight = graph.constant("fc.weight", np.ones((1, shape.outputs), dtype=np.float32))
+    graph.classify(output, weight, np.zeros(1, dtype=np.float32))
+    return graph.finish(classes=1, metadata={}, nominal_bits={})
 
 
 def _exposed(module: str, name: str) -> Exposed:
     return Exposed(module, f"{name}.codes", f"{name}.levels")
-
-
-def _same_quantiser(one: ActivationQuantiser, other: ActivationQuantiser) -> bool:
-    return bool(one.unit == other.unit) and one.levels.bits == other.levels.bits
-
-
-def _attributes(conv: IntegerConv) -> dict[str, Any]:
-    return conv_attributes(kernel=conv.weight.shape[-1], stride=conv.stride, padding=conv.padding)
-
-
-def _convolved(tensor: str, x: _Features, conv: IntegerConv) -> _Features:
-    """The shape that `conv` gives to `x`."""
-    channels, _, kernel, _ = conv.weight.shape
-    height, width = (
-        (size + 2 * conv.padding - kernel) // conv.stride + 1 for size in (x.height, x.width)
-    )
-    return _Features(tensor, channels, height, width)
-
-
-def _array(tensor: Tensor) -> Array:
-    array: Array = tensor.detach().cpu().contiguous().numpy()
-    return array

@@ -11,12 +11,12 @@ wrong at the borders, where zero padding takes part of the constant away.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from export.stage_slim import StageCut, slim_stages
 from harness.models.folded import FoldedBlock, FoldedResNet, make_conv
 
 
@@ -44,6 +44,8 @@ class SlimReport:
 
     align: int
     blocks: tuple[BlockSlim, ...]
+    stage_channels_cut: int
+    """Channels cut from the residual sums of whole stages (coupled SFP)."""
     zero_filters_left: int
     """Filters that are all zero and stay in the file: block outputs keep their width."""
     method: str
@@ -70,11 +72,12 @@ def slim(model: FoldedResNet, *, align: int = 1) -> tuple[FoldedResNet, SlimRepo
     """
     if align < 1:
         raise ValueError(f"align must be at least 1, not {align}")
-    model = copy.deepcopy(model).cpu()
+    originals = list(model.blocks())
+    model, cut = slim_stages(model, align=align)
     slimmed: list[FoldedBlock] = []
     rows: list[BlockSlim] = []
     kept: Tensor | None = None
-    for index, before in enumerate(model.blocks()):
+    for index, (original, before) in enumerate(zip(originals, model.blocks(), strict=True)):
         name = f"blocks.{index}"
         block = _cut_inputs(before, kept, name) if kept is not None else before
         mask = _mask_kind(before.mask, name)
@@ -86,11 +89,11 @@ def slim(model: FoldedResNet, *, align: int = 1) -> tuple[FoldedResNet, SlimRepo
         rows.append(
             BlockSlim(
                 name,
-                inner_before=before.conv1.out_channels,
+                inner_before=original.conv1.out_channels,
                 inner_exact=exact,
                 inner_after=block.conv1.out_channels,
                 constants_merged=merged,
-                output_before=before.conv2.out_channels,
+                output_before=original.conv2.out_channels,
                 output_after=block.conv2.out_channels,
                 mask=mask,
             )
@@ -99,9 +102,10 @@ def slim(model: FoldedResNet, *, align: int = 1) -> tuple[FoldedResNet, SlimRepo
     result = FoldedResNet(model.mean_255, model.stem, slimmed, fc)
     left = sum(int(_zero_filters(m).sum()) for m in result.modules() if isinstance(m, nn.Conv2d))
     # The constant channels have zero weights too, but they are there on purpose.
-    left -= sum(row.constants_merged > 0 for row in rows)
+    left -= sum(row.constants_merged > 0 for row in rows) + cut.constant_filters
     blocks = tuple(rows)
-    return result, SlimReport(align, blocks, left, _sentence(blocks, align=align, left=left))
+    sentence = _sentence(blocks, align=align, left=left, cut=cut)
+    return result, SlimReport(align, blocks, cut.channels, left, sentence)
 
 
 def _merge_constants(block: FoldedBlock, align: int) -> tuple[FoldedBlock, int, int]:
@@ -216,8 +220,13 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
-def _sentence(blocks: tuple[BlockSlim, ...], *, align: int, left: int) -> str:
+def _sentence(blocks: tuple[BlockSlim, ...], *, align: int, left: int, cut: StageCut) -> str:
     parts: list[str] = []
+    if cut.channels:
+        parts.append(
+            f"{cut.channels} channels that were constant through a whole stage are cut from its "
+            "residual sum, one constant channel a stage carries them."
+        )
     inner = [block for block in blocks if block.inner_after != block.inner_before]
     if inner:
         before = sum(block.inner_before for block in inner)
@@ -233,7 +242,7 @@ def _sentence(blocks: tuple[BlockSlim, ...], *, align: int, left: int) -> str:
         f"Masked channels cut from the output of {block.block} "
         f"({block.output_before} -> {block.output_after})."
         for block in blocks
-        if block.output_after != block.output_before
+        if block.output_after != block.output_before and block.mask == "channels"
     )
     parts.extend(
         f"The mask of {block.block} covers single activations: it is applied at run time and "

@@ -1,15 +1,15 @@
 """Proof that an ONNX file and a PyTorch model are the same function, on real images.
 
-Enters: the bytes of a file, the PyTorch model it must equal, calibration images. Leaves: an
-`Agreement` that says whether it does and why not. The only module of `export` that runs
-onnxruntime.
+Enters: the bytes of a file, the PyTorch model it must equal, images. Leaves: an `Agreement` that
+says whether it does, layer by layer, and why not. Onnxruntime is asked in several ways (threads,
+batch, graph optimisations); all its answers must agree.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,34 +21,46 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from export.graph import IMAGE, LOGITS
+from export.float_graph import exposed_blocks
 from export.integer_graph import exposed_layers
-from harness.models.integer import IntegerResNet, LevelTable
+from export.runtime import (
+    DEFAULT_SETTINGS,
+    Images,
+    Logits,
+    RunSettings,
+    batches,
+    open_session,
+    run,
+    run_outputs,
+)
+from harness.models.folded import FoldedResNet
+from harness.models.integer import IntegerResNet
 from harness.records import HarnessError
 
 RELATIVE_TOLERANCE = 1e-4
 """Largest |logit difference| accepted, as a share of the largest |logit|."""
 MIN_ARGMAX_AGREEMENT = 0.999
 """For float variants, and then only where every disagreement is a near-tie."""
-_LOG_ERRORS_ONLY = 3
 _NAMED_LAYERS = 3
+_TORCH_BATCH = 128
 
-Images = npt.NDArray[np.uint8]
-Logits = npt.NDArray[np.float32]
-Arrays = list[npt.NDArray[Any]]
+Array = npt.NDArray[Any]
+Progress = Callable[[int], None]
+"""Images checked since the last call, counted once for every setting."""
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """How onnxruntime is asked to run a model."""
+class LayerCheck:
+    """One layer of the file beside the same layer in PyTorch, over all images and settings."""
 
-    threads: int = 2
-    optimise: bool = True
-    """All graph optimisations, or none."""
-    batch_size: int = 64
-
-
-DEFAULT_SETTINGS = RunSettings()
+    layer: str
+    """The tensor's name in the file."""
+    compared: int
+    """Elements."""
+    mismatches: int | None
+    """Differing whole numbers; None for a float layer."""
+    relative_error: float | None
+    """Largest |difference| over the largest |value|; None for a quantised layer."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +68,20 @@ class Agreement:
     """What was compared, and what came out. Codes are None where the model has none."""
 
     images: int
+    settings: tuple[RunSettings, ...]
+    """How onnxruntime was asked; every image under every one of them."""
     max_abs_error: float
     """Largest |logit difference|."""
     relative_error: float
     """The same divided by the largest |logit| of the PyTorch model."""
     argmax_agreement: float
-    """Share of the images with the same prediction."""
+    """Share of the predictions that are the same."""
     near_ties: int
     """Disagreements where PyTorch's two best logits differ by less than the tolerance."""
     codes_compared: int | None
     """Activations compared at the quantised layers: half-unit codes and levels each once."""
     code_mismatches: int | None
+    layers: tuple[LayerCheck, ...]
     runtime_version: str
     """Of onnxruntime."""
     passed: bool
@@ -79,7 +94,9 @@ def verify_float(
     reference: nn.Module,
     images: Images,
     *,
-    settings: RunSettings = DEFAULT_SETTINGS,
+    deployed: FoldedResNet | None = None,
+    settings: Sequence[RunSettings] = (DEFAULT_SETTINGS,),
+    progress: Progress = lambda _images: None,
 ) -> Agreement:
     """Compare a float export with the trained model it came from.
 
@@ -87,18 +104,18 @@ def verify_float(
         model_bytes: the ONNX file.
         reference: the original model: masked, with batch norm; evaluated as in `eval()`.
         images: uint8 [N, C, H, W].
-        settings: of onnxruntime.
+        deployed: the slimmed model the file was written from, to compare block by block.
+        settings: of onnxruntime; all are tried.
+        progress: told as images are checked.
 
     Raises:
         HarnessError: onnxruntime cannot load or run the file.
     """
-    session = open_session(model_bytes, settings)
-    model = _on_cpu(reference)
-    batches = list(_batches(images, settings))
-    with torch.no_grad():
-        logits_torch = np.concatenate([_forward(model, batch) for batch in batches])
-    logits = run(session, images, settings)
-    return _judge(logits_torch, logits, min_agreement=MIN_ARGMAX_AGREEMENT)
+    pairs = exposed_blocks(deployed) if deployed is not None else {}
+    tensors = _Tensors(pairs, {}, _on_cpu(deployed) if deployed is not None else None)
+    return _compare(
+        model_bytes, _on_cpu(reference), images, tensors, settings, MIN_ARGMAX_AGREEMENT, progress
+    )
 
 
 def verify_integer(
@@ -106,7 +123,8 @@ def verify_integer(
     twin: IntegerResNet,
     images: Images,
     *,
-    settings: RunSettings = DEFAULT_SETTINGS,
+    settings: Sequence[RunSettings] = (DEFAULT_SETTINGS,),
+    progress: Progress = lambda _images: None,
 ) -> Agreement:
     """Compare an integer export with its twin: logits, and every code of every quantised layer.
 
@@ -117,82 +135,142 @@ def verify_integer(
         HarnessError: onnxruntime cannot load or run the file, or a quantised layer is not in it.
     """
     layers = exposed_layers(twin)
-    tensors = list(dict.fromkeys(name for layer in layers for name in layer[1:]))
-    shipped = open_session(model_bytes, settings)
-    instrumented = open_session(_with_outputs(model_bytes, tensors), settings)
+    codes = {layer.codes: layer.module for layer in layers}
+    levels = {layer.levels: layer.module for layer in layers}
     model = _on_cpu(twin)
-    mismatches = {layer.module: 0 for layer in layers}
-    compared = 0
-    logits_torch: list[Logits] = []
-    for batch in _batches(images, settings):
-        logits, captured = _forward_with_codes(model, batch)
-        logits_torch.append(logits)
-        exposed = dict(zip(tensors, _run(instrumented, batch, tensors), strict=True))
-        for layer in layers:
-            for expected, tensor in zip(captured[layer.module], layer[1:], strict=True):
-                mismatches[layer.module] += _differences(expected, exposed[tensor])
-                compared += expected.size
-    return _judge(
-        np.concatenate(logits_torch),
-        run(shipped, images, settings),
-        min_agreement=1.0,
-        codes=(compared, mismatches),
+    return _compare(
+        model_bytes, model, images, _Tensors(levels, codes, model), settings, 1.0, progress
     )
 
 
-def open_session(
-    model_bytes: bytes, settings: RunSettings = DEFAULT_SETTINGS
-) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU.
+@dataclass(frozen=True)
+class _Tensors:
+    """Which tensors of the file are compared, each with a module of `model`."""
 
-    Raises:
-        HarnessError: onnxruntime refuses the model.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _LOG_ERRORS_ONLY
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_ALL if settings.optimise else levels.ORT_DISABLE_ALL
-    )
-    try:
-        return onnxruntime.InferenceSession(
-            model_bytes, options, providers=["CPUExecutionProvider"]
+    outputs: dict[str, str]
+    """Tensor -> the module whose output it is."""
+    codes: dict[str, str]
+    """Tensor -> the `LevelTable` whose rounded input it is."""
+    model: nn.Module | None
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.codes, *self.outputs]
+
+    def in_torch(self, images: Images) -> tuple[Logits | None, dict[str, Array]]:
+        """(logits, every tensor by name) of `model`; (None, nothing) without one."""
+        if self.model is None:
+            return None, {}
+        seen: dict[str, Array] = {}
+
+        def keep(name: str, _module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            for tensor, module in self.outputs.items():
+                if module == name:
+                    seen[tensor] = output.numpy()
+            for tensor, module in self.codes.items():
+                if module == name:
+                    seen[tensor] = inputs[0].round().clamp(0, 255).numpy()
+
+        wanted = {*self.outputs.values(), *self.codes.values()}
+        hooks = [
+            module.register_forward_hook(partial(keep, name))
+            for name, module in self.model.named_modules()
+            if name in wanted
+        ]
+        try:
+            logits = _forward(self.model, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, seen
+
+
+@dataclass
+class _Tally:
+    """Counts of one layer, as batches come in."""
+
+    compared: int = 0
+    mismatches: int = 0
+    largest_difference: float = 0.0
+    largest_value: float = 0.0
+
+    def add(self, expected: Array, actual: Array) -> None:
+        self.compared += expected.size
+        if expected.shape != actual.shape:
+            self.mismatches += expected.size
+            self.largest_difference = float("inf")
+            return
+        self.mismatches += int(np.count_nonzero(expected != actual))
+        self.largest_difference = max(
+            self.largest_difference, float(np.abs(expected - actual.astype(expected.dtype)).max())
         )
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise HarnessError(f"onnxruntime cannot load the model: {_line(error)}") from error
+        self.largest_value = max(self.largest_value, float(np.abs(expected).max()))
 
 
-def run(
-    session: onnxruntime.InferenceSession,
+@dataclass
+class _Answers:
+    """Logits of both sides, a row for every image and setting."""
+
+    torch: list[Logits] = field(default_factory=list)
+    runtime: list[Logits] = field(default_factory=list)
+
+
+def _compare(
+    model_bytes: bytes,
+    reference: nn.Module,
     images: Images,
-    settings: RunSettings = DEFAULT_SETTINGS,
-) -> Logits:
-    """Logits float32 [N, classes] of uint8 images [N, C, H, W].
+    tensors: _Tensors,
+    settings: Sequence[RunSettings],
+    min_agreement: float,
+    progress: Progress,
+) -> Agreement:
+    names = tensors.names
+    instrumented_bytes = _with_outputs(model_bytes, names) if names else model_bytes
+    opened: dict[tuple[int, bool], Any] = {}
+    for how in settings:  # sessions do not depend on the batch
+        key = (how.threads, how.optimise)
+        if key not in opened:
+            opened[key] = tuple(open_session(b, how) for b in (model_bytes, instrumented_bytes))
+    tallies = {name: _Tally() for name in names}
+    answers = _Answers()
+    for batch in batches(images, _TORCH_BATCH):
+        logits, expected = tensors.in_torch(batch)
+        if logits is None or tensors.model is not reference:
+            logits = _forward(reference, batch)
+        for how in settings:
+            shipped, instrumented = opened[how.threads, how.optimise]
+            answers.torch.append(logits)
+            answers.runtime.append(run(shipped, batch, how))
+            if names:
+                parts = [
+                    run_outputs(instrumented, b, names) for b in batches(batch, how.batch_size)
+                ]
+                for name, values in zip(names, zip(*parts, strict=True), strict=True):
+                    tallies[name].add(expected[name], np.concatenate(values))
+            progress(len(batch))
+    whole = isinstance(reference, IntegerResNet)
+    layers = tuple(_layer_check(name, tally, whole=whole) for name, tally in tallies.items())
+    return _judge(answers, layers, len(images), tuple(settings), min_agreement)
 
-    Raises:
-        HarnessError: onnxruntime fails on them.
-    """
-    parts = [_run(session, batch, [LOGITS])[0] for batch in _batches(images, settings)]
-    return np.concatenate(parts)
 
-
-def _run(session: onnxruntime.InferenceSession, images: Images, outputs: list[str]) -> Arrays:
-    try:
-        values: Arrays = session.run(outputs, {IMAGE: np.ascontiguousarray(images)})
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise HarnessError(f"onnxruntime cannot run the model: {_line(error)}") from error
-    return values
+def _layer_check(name: str, tally: _Tally, *, whole: bool) -> LayerCheck:
+    error = tally.largest_difference / (tally.largest_value or 1.0)
+    return LayerCheck(
+        name,
+        tally.compared,
+        mismatches=tally.mismatches if whole else None,
+        relative_error=None if whole else error,
+    )
 
 
 def _judge(
-    expected: Logits,
-    actual: Logits,
-    *,
+    answers: _Answers,
+    layers: tuple[LayerCheck, ...],
+    images: int,
+    settings: tuple[RunSettings, ...],
     min_agreement: float,
-    codes: tuple[int, dict[str, int]] | None = None,
 ) -> Agreement:
+    expected, actual = np.concatenate(answers.torch), np.concatenate(answers.runtime)
     scale = float(np.abs(expected).max())
     with np.errstate(invalid="ignore"):  # inf - inf: the reasons below say it
         max_abs_error = float(np.abs(expected - actual).max())
@@ -202,8 +280,8 @@ def _judge(
     tied = best_two[:, -1] - best_two[:, 0] < RELATIVE_TOLERANCE * scale
     near_ties = int((differ & tied).sum())
     argmax_agreement = 1.0 - float(differ.mean())
-    compared, mismatches = codes if codes is not None else (None, {})
-    wrong = {name: count for name, count in mismatches.items() if count}
+    quantised = [layer for layer in layers if layer.mismatches is not None]
+    wrong = {layer.layer: layer.mismatches for layer in quantised if layer.mismatches}
     reasons: list[str] = []
     if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
         reasons.append("logits are not finite")
@@ -220,26 +298,21 @@ def _judge(
         reasons.append(f"{int(differ.sum()) - near_ties} of the differing predictions are no ties")
     if wrong:
         first = ", ".join(list(wrong)[:_NAMED_LAYERS])
-        reasons.append(f"{sum(wrong.values())} codes differ, in {len(wrong)} layers from {first}")
+        reasons.append(f"{sum(wrong.values())} codes differ, in {len(wrong)} tensors from {first}")
     return Agreement(
-        images=len(expected),
+        images=images,
+        settings=settings,
         max_abs_error=max_abs_error,
         relative_error=relative_error,
         argmax_agreement=argmax_agreement,
         near_ties=near_ties,
-        codes_compared=compared,
-        code_mismatches=sum(wrong.values()) if codes is not None else None,
+        codes_compared=sum(layer.compared for layer in quantised) if quantised else None,
+        code_mismatches=sum(wrong.values()) if quantised else None,
+        layers=layers,
         runtime_version=onnxruntime.__version__,
         passed=not reasons,
         reason="; ".join(reasons),
     )
-
-
-def _differences(expected: npt.NDArray[np.uint8], actual: npt.NDArray[Any]) -> int:
-    """How many elements differ; all of them when the shapes do."""
-    if expected.shape != actual.shape:
-        return expected.size
-    return int(np.count_nonzero(expected != actual))
 
 
 def _with_outputs(model_bytes: bytes, tensors: list[str]) -> bytes:
@@ -248,7 +321,7 @@ def _with_outputs(model_bytes: bytes, tensors: list[str]) -> bytes:
     types = {info.name: info.type.tensor_type.elem_type for info in inferred}
     missing = [name for name in tensors if name not in types]
     if missing:
-        raise HarnessError(f"the ONNX file has no tensor {missing[0]!r} to compare with the twin")
+        raise HarnessError(f"the ONNX file has no tensor {missing[0]!r} to compare with PyTorch")
     model.graph.output.extend(
         helper.make_tensor_value_info(name, types[name], None) for name in tensors
     )
@@ -256,44 +329,12 @@ def _with_outputs(model_bytes: bytes, tensors: list[str]) -> bytes:
     return content
 
 
-def _forward_with_codes(
-    model: nn.Module, images: Images
-) -> tuple[Logits, dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]]:
-    """Logits, and (codes, levels) of every `LevelTable` by its module name."""
-    captured: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = {}
-
-    def capture(name: str, _module: nn.Module, inputs: tuple[Tensor], levels: Tensor) -> None:
-        codes = inputs[0].round().clamp(0, 255)
-        captured[name] = (codes.byte().numpy(), levels.byte().numpy())
-
-    hooks = [
-        module.register_forward_hook(partial(capture, name))
-        for name, module in model.named_modules()
-        if isinstance(module, LevelTable)
-    ]
-    try:
-        with torch.no_grad():
-            logits = _forward(model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, captured
-
-
 def _forward(model: nn.Module, images: Images) -> Logits:
-    logits: Logits = model(torch.from_numpy(np.ascontiguousarray(images)).float()).numpy()
+    with torch.no_grad():
+        logits: Logits = model(torch.from_numpy(np.ascontiguousarray(images)).float()).numpy()
     return logits
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
     """A copy in eval mode on the CPU: a GPU's TF32 convolutions would fail any honest tolerance."""
     return copy.deepcopy(model).cpu().eval()
-
-
-def _batches(images: Images, settings: RunSettings) -> Iterator[Images]:
-    size = settings.batch_size
-    return (images[start : start + size] for start in range(0, len(images), size))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

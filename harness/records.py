@@ -61,6 +61,17 @@ class Variant:
     """The residual stage whose output is pruned (PP), counted as in the paper: 2, 3 or 4."""
 
 
+@dataclass(frozen=True)
+class Derived:
+    """Another way to deploy a variant: made from it at export, never trained or crafted on."""
+
+    name: str
+    method: str
+    label: str
+    parent: str
+    """The variant it is made from, and that it is compared with."""
+
+
 VARIANTS: tuple[Variant, ...] = (
     Variant("full", "full", "Full"),
     Variant("sfp", "sfp", "SFP"),
@@ -76,6 +87,10 @@ VARIANTS: tuple[Variant, ...] = (
 """In build order: a variant's parent comes before it."""
 
 PAPER_ORDER = ("full", "sfp", "sfp_mixup", "sfp_cutout", "pp2", "pp3", "pp4", "q2", "q3", "q4")
+DERIVED: tuple[Derived, ...] = (Derived("int8", "int8", "INT8", parent="full"),)
+"""Optional: exported and attacked when named, no part of the experiment."""
+DEPLOYABLE = (*PAPER_ORDER, *(derived.name for derived in DERIVED))
+"""Everything that can be exported and attacked, in the order it is shown."""
 CONTROLS = ("random", "chessboard")
 """Perturbations that no model was attacked to obtain; an attack that loses to them is weak."""
 
@@ -83,25 +98,52 @@ BLOCKS_PER_STAGE: dict[str, tuple[int, ...]] = {"resnet18": (2, 2, 2, 2)}
 """Architectures: residual blocks in each stage; widths double from stage to stage."""
 
 _BY_NAME = {variant.name: variant for variant in VARIANTS}
+_DERIVED_BY_NAME = {derived.name: derived for derived in DERIVED}
 
 
 def variant_named(name: str) -> Variant:
-    """The variant called `name`.
+    """The variant called `name`: one that is trained.
 
     Raises:
-        UsageError: no such variant; the message lists those there are.
+        UsageError: no such variant, the message lists those there are; or one that is derived
+            from a variant, the message says what to do with which.
     """
-    try:
-        return _BY_NAME[name]
-    except KeyError:
-        known = ", ".join(PAPER_ORDER)
-        raise UsageError(f"unknown variant {name!r}: choose from {known}") from None
+    if name in _DERIVED_BY_NAME:
+        parent = _DERIVED_BY_NAME[name].parent
+        raise UsageError(
+            f"{name} is only made from {parent} at export (harness export --model {name}): "
+            f"train, craft on and verify {parent}"
+        )
+    if name not in _BY_NAME:
+        raise UsageError(f"unknown variant {name!r}: choose from {', '.join(PAPER_ORDER)}")
+    return _BY_NAME[name]
+
+
+def deployable_named(name: str) -> Variant | Derived:
+    """What `name` is exported as.
+
+    Raises:
+        UsageError: nothing is called so; the message lists what there is.
+    """
+    if name not in DEPLOYABLE:
+        raise UsageError(f"unknown variant {name!r}: choose from {', '.join(DEPLOYABLE)}")
+    return _DERIVED_BY_NAME.get(name) or _BY_NAME[name]
+
+
+def trained_for(name: str) -> Variant:
+    """The variant whose checkpoint `name` is exported from: itself, or what it derives from.
+
+    Raises:
+        UsageError: nothing is called so; the message lists what there is.
+    """
+    deployable = deployable_named(name)
+    return deployable if isinstance(deployable, Variant) else variant_named(deployable.parent)
 
 
 def source_label(source: str) -> str:
-    """How the report prints a UAP's source: the paper's label, or the control's name."""
-    if source in _BY_NAME:
-        return _BY_NAME[source].label
+    """How the report prints a model or a UAP's source: its label, or the control's name."""
+    if source in DEPLOYABLE:
+        return deployable_named(source).label
     return {"random": "random sign", "chessboard": "chessboard"}.get(source, source)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from harness import metrics
 from harness.metrics import Classes, Latency
 from harness.records import (
-    PAPER_ORDER,
+    DEPLOYABLE,
     EvaluationSet,
     LatencyProcess,
     ModelRecord,
@@ -40,7 +40,7 @@ class _Key:
 
 
 def result_rows(store: Store) -> list[ResultRow]:
-    """Every current result, ordered by the paper's variants, then device, runtime and UAP."""
+    """Every current result, ordered by variant as in the paper, then device, runtime and UAP."""
     models, uaps = store.models(), store.uaps()
     evaluation_sets = store.evaluation_sets()
     latest: dict[_Key, StoredPrediction] = {}
@@ -213,8 +213,8 @@ def _predictions(
 
 
 def _order(row: ResultRow) -> tuple[Any, ...]:
-    in_paper = row.variant in PAPER_ORDER
-    rank = PAPER_ORDER.index(row.variant) if in_paper else len(PAPER_ORDER)
+    ours = row.variant in DEPLOYABLE
+    rank = DEPLOYABLE.index(row.variant) if ours else len(DEPLOYABLE)
     return (
         rank,
         row.variant,

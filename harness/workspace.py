@@ -99,6 +99,15 @@ class Workspace:
         """The exported model; its manifest is beside it, as .json."""
         return self.cache / f"{variant}.onnx"
 
+    def compat_onnx(self, variant: str) -> Path:
+        """The same model in the encoding every runtime reads (`harness export --compat`)."""
+        return self.cache / f"{variant}_compat.onnx"
+
+    @property
+    def tuning(self) -> Path:
+        """Measured times of both forms of every quantised layer (`harness export --tune`)."""
+        return self.cache / "tuning.json"
+
     def uap(self, name: UapName) -> Path:
         """The perturbation of that name."""
         return self.cache / f"{name.stem}.pt"

@@ -67,6 +67,28 @@ def latency_caveat(view: View) -> str:
     return ""
 
 
+def not_faster(view: View) -> list[str]:
+    """Compression that did not speed up: said outright, since it is what people expect of it."""
+    timed = {v.name: v for v in view.variants if _latency(v) is not None}
+    full = timed.get("full")
+    if view.device.emulated or full is None or len(timed) < 2:
+        return []
+    baseline = _latency(full) or 0.0
+    slower = [
+        f"{v.label} ({(_latency(v) or 0.0) / baseline:.2f} times)"
+        for v in timed.values()
+        if v is not full and (_latency(v) or 0.0) > baseline
+    ]
+    if not slower:
+        return []
+    text = (
+        f"Compressed, yet not faster here than {full.label} ({words.milliseconds(baseline)} p50):"
+        f" {listed(slower)}."
+    )
+    caveat = latency_caveat(view)
+    return [f"{text} A hint only: {caveat}." if caveat else text]
+
+
 def _sound(variant: VariantView) -> bool:
     """Whether its latency may be compared at all."""
     row = variant.any_row

@@ -49,7 +49,7 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
 }
-_MARKERS = {"full": "o", "sfp": "s", "pp": "^", "apot": "D"}
+_MARKERS = {"full": "o", "sfp": "s", "pp": "^", "apot": "D", "int8": "v"}
 
 
 @dataclass(frozen=True)

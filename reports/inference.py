@@ -276,11 +276,14 @@ class FleetMix:
 def fleet_mix(view: View) -> FleetMix | None:
     """The minimax mix over the complete transfer matrix, or None where it is incomplete.
 
+    A model that nothing was crafted on takes part only if it faced every perturbation.
+
     Minimise t subject to sum_v w_v UER[v, s] <= t for every perturbation s, sum_v w_v = 1.
     """
     sources = sorted({s for v in view.variants for s in v.attacked})
     victims = [v for v in view.variants if all(s in v.attacked for s in sources)]
-    if len(victims) < 2 or len(victims) < len(view.variants) or len(sources) < 2:
+    incomplete = {v.name for v in view.variants} - {v.name for v in victims}
+    if len(victims) < 2 or incomplete.intersection(sources) or len(sources) < 2:
         return None
     uer = np.array([[_rate(v.attacked[s]) for s in sources] for v in victims])  # [V, S]
     n = len(victims)

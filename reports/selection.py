@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 
 from harness.metrics import Latency
-from harness.records import CONTROLS, HarnessError, Machine, ModelRecord, ResultRow
+from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
 from harness.results import latest_latencies, result_rows
 from harness.store import Store
 from reports.view import Craft, DeviceId, RunKey, VariantView, View
-from reports.words import listed, paper_rank, plural
+from reports.words import label_of, listed, paper_rank, plural
 
 REFERENCE_EPS = 10.0
 DEPLOYED = "onnxruntime"
@@ -80,7 +80,7 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         predicted=predicted,
         machines=tuple((*key, machine) for key, machine in sorted(machines.items(), key=_first)),
         whitebox_seeds=_seed_spread(here, craft, reference),
-        notes=_notes(deployed, on_set, kept, here),
+        notes=_notes(deployed, on_set, kept, here) + _outdated(by_device[chosen]),
     )
 
 
@@ -219,6 +219,24 @@ def _notes(
             f"The models come from different experiments ({listed(presets)}): compare with care."
         )
     return tuple(said)
+
+
+def _outdated(variants: tuple[VariantView, ...]) -> tuple[str, ...]:
+    """Where a derived model was made from another parent than the one shown beside it."""
+    made_from = {v.name: _checkpoint(v.model) for v in variants}
+    return tuple(
+        f"{label_of(d.name)} was made from another {label_of(d.parent)} than the one beside it:"
+        f" attack it again with --model {d.name}."
+        for d in DERIVED
+        if None not in (made_from.get(d.name), made_from.get(d.parent))
+        and made_from[d.name] != made_from[d.parent]
+    )
+
+
+def _checkpoint(model: ModelRecord) -> str | None:
+    metadata = model.manifest.get("metadata")
+    value = metadata.get("checkpoint_sha256") if isinstance(metadata, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _device(row: ResultRow) -> DeviceId:

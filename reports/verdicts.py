@@ -91,11 +91,12 @@ def _no_survivor(at: str, tests: list[Comparison]) -> str:
 
 def conclusions(view: View) -> list[Group]:
     """Every group that has something to say, in reading order."""
+    deploy = advice.by_constraint(view) + advice.not_faster(view)
     groups = [
         Group("against-full", "Against the uncompressed model", tuple(_versus_full(view))),
         Group("reach", "How far this reaches", _bare(_reach(view))),
         masking_group(view),
-        Group("advice", "Which to deploy", _bare(advice.by_constraint(view))),
+        Group("advice", "Which to deploy", _bare(deploy)),
         Group("fleet", "Across a mixed fleet", _bare(advice.fleet(view))),
     ]
     return [group for group in groups if group.sentences]

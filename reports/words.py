@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from harness.records import PAPER_ORDER, source_label
+from harness.records import DEPLOYABLE, source_label
 
 NBSP = "\u00a0"
 QUICK = "quick: not comparable"
@@ -16,13 +16,15 @@ DASH = "\u2013"
 """Printed where there is no number: absent is not zero."""
 
 METHOD_COLOURS = {
-    "full": "#3b3f46", "sfp": "#1f6fb4", "pp": "#1f8a5f", "apot": "#c85f0a", "other": "#8a4f9e",
+    "full": "#3b3f46", "sfp": "#1f6fb4", "pp": "#1f8a5f", "apot": "#c85f0a", "int8": "#b0306a",
+    "other": "#8a4f9e",
 }  # fmt: skip
 _METHOD_NAMES = {
     "full": "uncompressed",
     "sfp": "soft filter pruning",
     "pp": "post-training pruning",
     "apot": "additive powers-of-two quantisation",
+    "int8": "onnxruntime\u2019s static int8 quantisation",
 }
 FULL_BLUE, VARIANT_ORANGE = "#2f6db3", "#e8892b"
 """The two colours of the paper's Figures 3 and 4."""
@@ -58,8 +60,8 @@ def label_of(name: str) -> str:
 
 
 def paper_rank(name: str) -> tuple[int, str]:
-    """Sorts the paper's variants in the paper's order and everything else after them."""
-    rank = PAPER_ORDER.index(name) if name in PAPER_ORDER else len(PAPER_ORDER)
+    """Sorts the paper's variants in the paper's order, then what is derived, then all else."""
+    rank = DEPLOYABLE.index(name) if name in DEPLOYABLE else len(DEPLOYABLE)
     return rank, name
 
 

@@ -12,12 +12,12 @@ from harness.cli.options import (
     accelerator_option,
     chosen_variants,
     data_dir_option,
+    deployable_options,
     device_option,
     dry_run_option,
     existing_or_new_workspace,
     json_option,
     make_context,
-    variant_options,
     working_in,
     workspace_option,
 )
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "cache/VARIANT_epsE[_tT].pt is crafted first.",
 )
 @device_option
-@variant_options
+@deployable_options
 @click.option(
     "--onnx",
     "onnx_files",
@@ -81,7 +81,7 @@ def attack_device(
 
     device = device_named(device_name)
     if models or all_models:
-        variants: list[str] | None = chosen_variants(models, all_models)
+        variants: list[str] | None = chosen_variants(models, all_models, deployable=True)
     else:
         variants = [] if onnx_files else None
 
@@ -106,9 +106,9 @@ def attack_device(
 
 
 def _exported(context: Context) -> list[str]:
-    from harness.records import PAPER_ORDER
+    from harness.records import DEPLOYABLE, PAPER_ORDER
 
-    there = [name for name in PAPER_ORDER if context.workspace.onnx(name).exists()]
+    there = [name for name in DEPLOYABLE if context.workspace.onnx(name).exists()]
     return there or list(PAPER_ORDER)
 
 

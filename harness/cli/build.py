@@ -1,4 +1,4 @@
-"""Commands that build artefacts: `train`, `craft`, `export`."""
+"""Commands that build artefacts: `train`, `craft`; what `export` shares with them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def train(
         paths = [context.workspace.checkpoint(name) for name in variants]
         return train_tasks(context, variants), paths
 
-    _build(root, accelerator, data_dir, dry_run, as_json, tasks)
+    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks)
 
 
 @click.command()
@@ -124,45 +124,7 @@ def craft(
         paths = [context.workspace.uap(name) for name in names]
         return train_tasks(context, trained) + craft_tasks(context, names), paths
 
-    _build(root, accelerator, data_dir, dry_run, as_json, tasks)
-
-
-@click.command()
-@variant_options
-@workspace_option
-@accelerator_option
-@data_dir_option
-@dry_run_option
-@json_option
-def export(
-    models: tuple[str, ...],
-    all_models: bool,
-    root: Path,
-    accelerator: str,
-    data_dir: Path | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Export variants to ONNX, checked against PyTorch: cache/VARIANT.onnx and .json.
-
-    Pruned variants are physically slimmed, quantised ones hold integers. A file that disagrees
-    with its PyTorch model is not written. Variants not trained yet are trained first.
-
-    \b
-    Examples:
-      harness export --all
-      harness export --model sfp --json
-    """
-    variants = chosen_variants(models, all_models)
-
-    def tasks(context: Context) -> tuple[list[Task], list[Path]]:
-        from harness.pipeline.checkpoints import train_tasks
-        from harness.pipeline.exports import export_tasks
-
-        paths = [context.workspace.onnx(name) for name in variants]
-        return train_tasks(context, variants) + export_tasks(context, variants), paths
-
-    _build(root, accelerator, data_dir, dry_run, as_json, tasks)
+    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks)
 
 
 def _uap_names(
@@ -188,7 +150,7 @@ def _uap_names(
     return names
 
 
-def _build(
+def build_artefacts(
     root: Path,
     accelerator: str,
     data_dir: Path | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from harness.cli.options import json_option, workspace_option
-from harness.records import PAPER_ORDER, HarnessError, variant_named
+from harness.records import HarnessError, deployable_named
 
 
 @click.command()
@@ -66,8 +66,8 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
         rows = result_rows(store)
     measured = {row.variant for row in rows}
     for name in models:
-        if name not in measured and name not in PAPER_ORDER:
-            variant_named(name)
+        if name not in measured:
+            deployable_named(name)
     rows = [
         row
         for row in rows

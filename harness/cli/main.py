@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli import attack, build, experiment, inspect
+from harness.cli import attack, build, experiment, exporting, inspect
 from harness.records import HarnessError
 
 INTERRUPTED = 130
@@ -61,7 +61,7 @@ for command in (
     experiment.plan,
     build.train,
     build.craft,
-    build.export,
+    exporting.export,
     attack.attack_device,
     attack.devices,
     inspect.report,

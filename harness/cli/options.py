@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 
-from harness.records import PAPER_ORDER, UsageError, variant_named
+from harness.records import (
+    DEPLOYABLE,
+    PAPER_ORDER,
+    UsageError,
+    deployable_named,
+    variant_named,
+)
 
 if TYPE_CHECKING:
     from harness.pipeline.context import Context
@@ -46,30 +52,48 @@ device_option = click.option(
 
 
 def variant_options(command: Command) -> Command:
-    """`--model VARIANT` (repeatable) or `--all`."""
+    """`--model VARIANT` (repeatable) or `--all`, of what is trained."""
+    return _model_options(command, ", ".join(PAPER_ORDER))
+
+
+def deployable_options(command: Command) -> Command:
+    """`--model VARIANT` (repeatable) or `--all`, of what is exported and attacked."""
+    extra = ", ".join(name for name in DEPLOYABLE if name not in PAPER_ORDER)
+    return _model_options(command, f"{', '.join(PAPER_ORDER)}, or the optional {extra}")
+
+
+def _model_options(command: Command, names: str) -> Command:
     command = click.option(
         "--model",
         "models",
         multiple=True,
         metavar="VARIANT",
-        help=f"One of {', '.join(PAPER_ORDER)}; may be repeated.",
+        help=f"One of {names}; may be repeated.",
     )(command)
     return click.option("--all", "all_models", is_flag=True, help="All ten variants.")(command)
 
 
-def chosen_variants(models: tuple[str, ...], all_models: bool) -> list[str]:
-    """The variants the options name, in the paper's order.
+def chosen_variants(
+    models: tuple[str, ...], all_models: bool, *, deployable: bool = False
+) -> list[str]:
+    """The variants the options name, in the paper's order; `--all` is the paper's ten.
+
+    Args:
+        models: the names given.
+        all_models: whether `--all` was.
+        deployable: also take what is not trained, but derived from a variant at export.
 
     Raises:
-        UsageError: neither or both options, or an unknown variant.
+        UsageError: neither or both options, or a variant that does not exist or does not belong
+            here.
     """
     if models and all_models:
         raise UsageError("--model VARIANT and --all exclude each other: give one of them")
     if not models and not all_models:
         raise UsageError("name variants with --model VARIANT, or take --all of them")
     for name in models:
-        variant_named(name)
-    return [name for name in PAPER_ORDER if all_models or name in models]
+        deployable_named(name) if deployable else variant_named(name)
+    return list(PAPER_ORDER) if all_models else [name for name in DEPLOYABLE if name in models]
 
 
 def stderr_console() -> Console:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from harness.compression.pp import least_active_mask, mean_activation
-from harness.compression.sfp import zero_weakest_filters
+from harness.compression.sfp import COUPLINGS
 from harness.config import Config, TrainConfig
 from harness.data.dataset import Dataset
 from harness.models.resnet import ModelSpec, ResNet, build_model
@@ -86,7 +86,7 @@ def relevant_config(variant: Variant, config: Config) -> dict[str, Any]:
 
 RELEVANT: dict[Method, tuple[str, ...]] = {
     "full": ("lr",),
-    "sfp": ("lr", "sfp_keep", "mixup_alpha", "cutout_size"),
+    "sfp": ("lr", "sfp_keep", "sfp_coupling", "mixup_alpha", "cutout_size"),
     "pp": ("pp_keep", "pp_granularity", "pp_epochs", "pp_lr"),
     "apot": ("apot_epochs", "apot_lr", "apot_alpha_lr_activation", "apot_alpha_lr_weight"),
 }
@@ -102,7 +102,7 @@ def _sfp(build: Build) -> ResNet:
     train_config = build.config.train
 
     def prune(model: ResNet) -> None:
-        zero_weakest_filters(model, keep=train_config.sfp_keep)
+        COUPLINGS[train_config.sfp_coupling](model, keep=train_config.sfp_keep)
 
     model = build_model(_spec(build), seed=build.seed)
     recipe = replace(

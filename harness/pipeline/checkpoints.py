@@ -18,17 +18,17 @@ from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
-from harness.records import VARIANTS, HarnessError, Variant, variant_named
+from harness.records import VARIANTS, HarnessError, Variant, trained_for, variant_named
 
 TRAIN_COST = {"full": 3.5, "sfp": 3.6, "pp": 3.5, "apot": 7.0}
 """Forward passes that one training image costs: forward, backward, and fake quantisation."""
 
 
 def with_parents(names: list[str]) -> list[Variant]:
-    """The variants and all they start from, in build order."""
+    """What these are trained as, and all it starts from, in build order."""
     wanted: set[str] = set()
     for name in names:
-        current: str | None = name
+        current: str | None = trained_for(name).name
         while current is not None:
             wanted.add(current)
             current = variant_named(current).parent

@@ -23,7 +23,14 @@ from harness.pipeline.uaps import (
     transfer_name,
     white_box_names,
 )
-from harness.records import CONTROLS, PAPER_ORDER, UsageError, variant_named
+from harness.records import (
+    CONTROLS,
+    DEPLOYABLE,
+    PAPER_ORDER,
+    UsageError,
+    trained_for,
+    variant_named,
+)
 from harness.workspace import UapName, parse_uap_name
 
 
@@ -152,16 +159,16 @@ def _foreign(path: Path) -> bool:
 
 
 def variant_victim(context: Context, name: str) -> Victim:
-    """One of the paper's variants as a victim."""
+    """A variant, or what is derived from one, as a victim."""
     workspace = context.workspace
-    return Victim(name, workspace.onnx(name), workspace.checkpoint(name))
+    return Victim(name, workspace.onnx(name), workspace.checkpoint(trained_for(name).name))
 
 
 def _check_onnx(context: Context, path: Path) -> None:
-    if path.stem in PAPER_ORDER:
+    if path.stem in DEPLOYABLE:
         raise UsageError(f"{path} is called like a variant: rename it, so that rows stay apart")
     model = check_model_file(path)
-    for name in PAPER_ORDER:
+    for name in DEPLOYABLE:
         exported = context.workspace.onnx(name)
         if exported.exists() and context.sha256(exported) == model.sha256:
             raise UsageError(f"{path} is the workspace's own {name}: use --model {name}")

@@ -6,11 +6,16 @@ Enters: a variant's checkpoint and the calibration split. Leaves: `cache/<varian
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from export.cost import cost_card, uncounted_operators
-from export.exporter import export_model, load_manifest, manifest_cost
+from export.exporter import Exported, export_model, load_manifest, manifest_cost
+from export.integer_layers import Kernel
+from export.static_int8 import export_static_int8
 from harness.artefacts import cache_key
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import FoldedResNet
@@ -20,30 +25,53 @@ from harness.pipeline.checkpoints import (
     deployed_form,
     reference_form,
     valid_checkpoint,
-    with_parents,
 )
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
-from harness.records import PAPER_ORDER, HarnessError, ModelRecord, Variant
+from harness.pipeline.tuning import chosen_kernels
+from harness.records import (
+    DEPLOYABLE,
+    DERIVED,
+    VARIANTS,
+    Derived,
+    HarnessError,
+    ModelRecord,
+    Variant,
+    deployable_named,
+    trained_for,
+)
 
 VERSION = 2
+DERIVED_EXPORTS: dict[str, Callable[..., Exported]] = {"int8": export_static_int8}
+"""Method of a derived model -> what makes its file of the folded and the trained parent."""
 EXPORT_FORWARDS = 1500.0
 """Rough cost of an export in forward passes of one image: building, checking, compressing."""
 
 
-def export_key(context: Context, variant: Variant) -> str:
+def export_key(context: Context, variant: Variant | Derived, *, compat: bool = False) -> str:
     """Digest of everything the exported file depends on."""
     return cache_key(
         "export",
         VERSION,
-        align=context.config.export.align,
-        checkpoint=checkpoint_key(context, variant),
+        **_form(context, variant, compat=compat),
+        checkpoint=checkpoint_key(context, trained_for(variant.name)),
         labels=_labels(context, variant),
         calibration=context.data.digests["calibration"],
     )
 
 
-def _labels(context: Context, variant: Variant) -> dict[str, str]:
+def _form(context: Context, variant: Variant | Derived, *, compat: bool) -> dict[str, Any]:
+    """What decides the form of the file, beside weights and images."""
+    if isinstance(variant, Derived):
+        return {"onnxruntime": onnxruntime.__version__}
+    return {
+        "compat": compat,
+        "kernels": _kernels(context, variant, compat=compat),
+        "align": context.config.export.align,
+    }
+
+
+def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
     """What the file says of itself."""
     config = context.config
     return {
@@ -57,60 +85,94 @@ def _labels(context: Context, variant: Variant) -> dict[str, str]:
     }
 
 
-def valid_export(context: Context, variant: Variant) -> dict[str, Any] | None:
-    """The manifest of the variant's export if file and manifest are what is asked for."""
-    path = context.workspace.onnx(variant.name)
-    if not path.exists() or not valid_checkpoint(context, variant):
+def _kernels(context: Context, variant: Variant, *, compat: bool) -> dict[str, Kernel]:
+    """The measured choice of kernels, of layers that are not of the default form."""
+    if compat or variant.method != "apot":
+        return {}
+    chosen = chosen_kernels(context, variant)
+    return {layer: kernel for layer, kernel in chosen.items() if kernel != "integer"}
+
+
+def _path(context: Context, variant: Variant | Derived, *, compat: bool) -> Path:
+    workspace = context.workspace
+    return workspace.compat_onnx(variant.name) if compat else workspace.onnx(variant.name)
+
+
+def valid_export(
+    context: Context, variant: Variant | Derived, *, compat: bool = False
+) -> dict[str, Any] | None:
+    """The manifest of the variant's export if file and manifest are what is asked for.
+
+    Raises:
+        UsageError: the measurements that choose kernels are damaged.
+    """
+    path, trained = _path(context, variant, compat=compat), trained_for(variant.name)
+    if not path.exists() or not valid_checkpoint(context, trained):
         return None
     try:
         manifest = load_manifest(path)
     except HarnessError:
         return None  # killed between model and manifest, or changed by hand: export again
     metadata = manifest["metadata"]
-    checkpoint_sha256 = context.sha256(context.workspace.checkpoint(variant.name))
-    if metadata.get("key") != export_key(context, variant):
+    checkpoint_sha256 = context.sha256(context.workspace.checkpoint(trained.name))
+    if metadata.get("key") != export_key(context, variant, compat=compat):
         return None
     if metadata.get("checkpoint_sha256") != checkpoint_sha256:
         return None
     return manifest
 
 
-def export_tasks(context: Context, names: list[str]) -> list[Task]:
-    """Export the variants. Their checkpoints are made by tasks before these."""
-    return [_export_task(context, v) for v in with_parents(names) if v.name in names]
+def export_tasks(context: Context, names: list[str], *, compat: bool = False) -> list[Task]:
+    """Export the variants. Their checkpoints are made by tasks before these.
+
+    `compat`: beside the experiment's files, in the encoding that any runtime reads: one weight to
+    a byte, integer operators of opset 13.
+    """
+    wanted = {deployable_named(name) for name in names}
+    variants = [v for v in (*VARIANTS, *DERIVED) if v in wanted]
+    return [_export_task(context, variant, compat=compat) for variant in variants]
 
 
-def _export_task(context: Context, variant: Variant) -> Task:
+def _export_task(context: Context, variant: Variant | Derived, *, compat: bool) -> Task:
     return Task(
         stage="export",
-        name=f"export {variant.name}",
+        name=f"export {_path(context, variant, compat=compat).stem}",
         work=EXPORT_FORWARDS,
-        is_done=lambda: valid_export(context, variant) is not None,
-        run=lambda progress: _export(context, variant, progress),
+        is_done=lambda: valid_export(context, variant, compat=compat) is not None,
+        run=lambda progress: _export(context, variant, progress, compat=compat),
     )
 
 
-def _export(context: Context, variant: Variant, progress: Progress) -> None:
+def _export(
+    context: Context, variant: Variant | Derived, progress: Progress, *, compat: bool
+) -> None:
     use_cpu_threads(CPU_THREADS)
-    checkpoint_path = context.workspace.checkpoint(variant.name)
+    checkpoint_path = context.workspace.checkpoint(trained_for(variant.name).name)
     trained = load_checkpoint(checkpoint_path).build()
     model = deployed_form(trained)
     assert isinstance(model, FoldedResNet | IntegerResNet)
-    config = context.config
-    export_model(
-        model,
-        # The integer network is its own reference; the float one answers to the trained model.
-        model if isinstance(model, IntegerResNet) else reference_form(trained),
-        out=context.workspace.onnx(variant.name),
-        calibration=context.data.calibration.images,
-        classes=context.data.classes,
-        align=config.export.align,
-        metadata={
+    request: dict[str, Any] = {
+        "out": _path(context, variant, compat=compat),
+        "calibration": context.data.calibration.images,
+        "classes": context.data.classes,
+        "metadata": {
             **_labels(context, variant),
-            "key": export_key(context, variant),
+            "key": export_key(context, variant, compat=compat),
             "checkpoint_sha256": context.sha256(checkpoint_path),
         },
-    )
+    }
+    if isinstance(variant, Derived):
+        DERIVED_EXPORTS[variant.method](model, reference_form(trained), **request)
+    else:
+        export_model(
+            model,
+            # The integer network is its own reference; the float one answers to the trained model.
+            model if isinstance(model, IntegerResNet) else reference_form(trained),
+            align=context.config.export.align,
+            packed=not compat,
+            kernels=_kernels(context, variant, compat=compat),
+            **request,
+        )
     progress(1.0, "")
 
 
@@ -119,7 +181,7 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
 
     A manifest beside a user's file is not read: it could claim any cost.
     """
-    if name not in PAPER_ORDER:
+    if name not in DEPLOYABLE:
         return _foreign_record(context, name, path)
     manifest = load_manifest(path)
     metadata = manifest["metadata"]

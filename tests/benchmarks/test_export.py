@@ -21,8 +21,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from export.float_graph import float_graph
 from export.graph import serialise
 from export.integer_graph import integer_graph
+from export.runtime import RunSettings, open_session
 from export.slim import slim
-from export.verify import RunSettings, open_session
 from harness.models.folded import FoldedResNet, fold
 from harness.models.integerise import integerise
 from harness.models.resnet import ModelSpec, build_model

@@ -16,7 +16,11 @@ from core_cases import CLASSES, CPU, MEAN_255, STD_255, spec, split, state_bytes
 from torch import nn
 
 from harness.compression.pp import least_active_mask, mean_activation
-from harness.compression.sfp import prunable_convs, zero_weakest_filters
+from harness.compression.sfp import (
+    prunable_convs,
+    zero_weakest_channels,
+    zero_weakest_filters,
+)
 from harness.compression.variants import (
     BUILDERS,
     RELEVANT,
@@ -190,6 +194,37 @@ def test_a_soft_pruned_model_ends_pruned_in_every_layer(name: str, tmp_path: Pat
 # --- post-training pruning ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.1])
+def test_coupled_pruning_zeroes_the_channels_of_smallest_joint_norm(keep: float) -> None:
+    model = build_model(spec(width=16), seed=1)
+    expected = {}
+    for index, stage in enumerate(model.stages):
+        convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+        convs += [model.conv1] if index == 0 else []
+        joint = sum(conv.weight.detach().double().pow(2).sum((1, 2, 3)) for conv in convs)
+        assert isinstance(joint, torch.Tensor)
+        n_zero = int(len(joint) * (1 - Fraction(str(keep))))
+        expected[f"stages.{index}"] = tuple(sorted(joint.argsort()[:n_zero].tolist()))
+    zeroed = zero_weakest_channels(model, keep=keep)
+    assert zeroed == expected
+    for index, stage in enumerate(model.stages):
+        for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
+            zero = torch.where(conv.weight.flatten(1).abs().sum(1) == 0)[0].tolist()
+            assert tuple(zero) == expected[f"stages.{index}"]
+
+
+def test_coupled_training_ends_with_one_set_a_stage(tmp_path: Path) -> None:
+    model = build("sfp", tmp_path, sfp_coupling="stage")
+    for stage in model.stages:
+        sets = {
+            tuple(torch.where(conv.weight.flatten(1).abs().sum(1) == 0)[0].tolist())
+            for conv in stage.modules()
+            if isinstance(conv, nn.Conv2d)
+        }
+        assert len(sets) == 1
+        assert len(sets.pop()) == stage[0].bn1.num_features // 2
+
+
 def test_mean_activation_is_the_mean_of_the_blocks_output() -> None:
     model, images = trained(), split(40, seed=3).images
     outputs: list[torch.Tensor] = []
@@ -345,7 +380,7 @@ def test_the_same_seed_trains_the_same_bytes(name: str, tmp_path: Path) -> None:
 
 def change(value: Any) -> Any:
     if isinstance(value, str):
-        return {"step": "one_cycle", "channel": "unit"}[value]
+        return {"step": "one_cycle", "channel": "unit", "layer": "stage"}[value]
     return (*value, 99) if isinstance(value, tuple) else value / 2 if value else 1
 
 

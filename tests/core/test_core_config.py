@@ -166,6 +166,7 @@ def test_a_wrong_type_is_named_with_its_value(values: dict[str, Any], named: str
         ({"train": {"sfp_keep": 0}}, "train.sfp_keep = 0.0"),
         ({"train": {"sfp_keep": 1.01}}, "train.sfp_keep = 1.01"),
         ({"train": {"mixup_alpha": 0}}, "train.mixup_alpha = 0.0"),
+        ({"train": {"sfp_coupling": "block"}}, "train.sfp_coupling = 'block'"),
         ({"train": {"pp_granularity": "layer"}}, "train.pp_granularity = 'layer'"),
         ({"train": {"pp_epochs": -1}}, "train.pp_epochs = -1"),
         ({"train": {"apot_alpha_lr_weight": -0.1}}, "train.apot_alpha_lr_weight = -0.1"),

@@ -231,7 +231,7 @@ def test_a_crafted_perturbation_beats_random_signs(
     targeted = craft(model, tmp_path / "p.pt", Request(eps, 1), settings, n=64)
     predicted = predict(model, images.images, to_levels(targeted.delta_255, eps=eps), device=CPU)
     clean = predict(model, images.images, None, device=CPU)
-    assert np.mean(predicted == 1) > np.mean(clean == 1) + 0.3
+    assert np.mean(predicted == 1) > np.mean(clean == 1) + 0.2
     assert targeted.loss[-1] < targeted.loss[0]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.compression.sfp import zero_weakest_channels
 from harness.models.folded import FoldedResNet, fold
 from harness.models.integer import IntegerResNet
 from harness.models.integerise import integerise
@@ -67,6 +68,13 @@ def pruned(keep: float, *, width: int = WIDTH) -> ResNet:
             n_zeroed = int(module.out_channels * (1 - keep))
             order = module.weight.flatten(1).norm(dim=1).argsort()
             module.weight[order[:n_zeroed]] = 0
+    return model
+
+
+def coupled(keep: float, *, width: int = WIDTH) -> ResNet:
+    """Trained, with the same channels zeroed in every layer of a stage (coupled SFP)."""
+    model = trained(width=width)
+    zero_weakest_channels(model, keep=keep)
     return model
 
 

@@ -17,7 +17,8 @@ from export.exporter import Exported, export_model, load_manifest, manifest_cost
 from export.float_graph import float_graph
 from export.graph import serialise
 from export.integer_graph import integer_graph
-from export.verify import open_session, run, verify_float, verify_integer
+from export.runtime import open_session, run
+from export.verify import verify_float, verify_integer
 from harness.models.folded import fold
 from harness.models.integer import IntegerResNet
 from harness.records import HarnessError

@@ -9,8 +9,9 @@ from export_cases import IMAGE_SHAPE, images, logits, masked, pruned, relative_e
 
 from export.float_graph import float_graph
 from export.graph import GraphBuilder, serialise
+from export.runtime import RunSettings, open_session, run
 from export.slim import slim
-from export.verify import RunSettings, open_session, run, verify_float
+from export.verify import verify_float
 from harness.models.folded import FoldedResNet, fold
 
 PIXELS = images(65, seed=9)
@@ -38,7 +39,7 @@ def test_onnxruntime_computes_the_trained_model(make, settings: RunSettings) -> 
     model = make()
     for align in (1, 8):
         slimmed, _ = slim(fold(model), align=align)
-        agreement = verify_float(serialise(built(slimmed)), model, PIXELS, settings=settings)
+        agreement = verify_float(serialise(built(slimmed)), model, PIXELS, settings=[settings])
         assert agreement.passed, agreement.reason
         assert agreement.relative_error < 1e-5
         assert agreement.codes_compared is None

@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from export.cost import cost_card
 from export.graph import serialise
 from export.integer_graph import exposed_layers, integer_graph
-from export.verify import RunSettings, open_session, run, verify_integer
+from export.runtime import RunSettings, open_session, run
+from export.verify import verify_integer
 from harness.models.integer import IntegerResNet, LevelTable
 from harness.models.integerise import integerise
 from harness.models.resnet import build_model
@@ -37,7 +38,7 @@ def test_codes_are_the_twins_bit_for_bit(bits: int, awkward: bool) -> None:
         RunSettings(threads=2, optimise=True, batch_size=64),
         RunSettings(threads=1, optimise=False, batch_size=64),
     ):
-        agreement = verify_integer(content, model, PIXELS, settings=how)
+        agreement = verify_integer(content, model, PIXELS, settings=[how])
         assert agreement.passed, agreement.reason
         assert agreement.code_mismatches == 0
         assert agreement.argmax_agreement == 1.0
@@ -55,7 +56,7 @@ def test_codes_are_the_twins_bit_for_bit(bits: int, awkward: bool) -> None:
 )
 def test_codes_do_not_depend_on_the_batch(how: RunSettings) -> None:
     model = twin(4, awkward=True)
-    agreement = verify_integer(serialise(built(model)), model, PIXELS[:12], settings=how)
+    agreement = verify_integer(serialise(built(model)), model, PIXELS[:12], settings=[how])
     assert agreement.passed, agreement.reason
 
 
@@ -177,7 +178,7 @@ def test_any_choice_of_kernels_gives_the_twins_codes(
     counts = Counter(node.op_type for node in graph.graph.node)
     assert counts["Conv"] == 1 + len(floats)
     agreement = verify_integer(
-        serialise(graph), model, PIXELS[:16], settings=RunSettings(optimise=optimise)
+        serialise(graph), model, PIXELS[:16], settings=[RunSettings(optimise=optimise)]
     )
     assert agreement.passed, agreement.reason
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from export.graph import Array, GraphBuilder, serialise
 from export.onnx_reader import Graph
 from export.packing import Code, code_for, packed_constant
-from export.verify import RunSettings, open_session
+from export.runtime import RunSettings, open_session
 
 IMAGE_SHAPE = (1, 2, 2)
 

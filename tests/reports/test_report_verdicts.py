@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -181,6 +183,22 @@ def test_latency_advice_needs_full_valid_runs(planter, store):
     said = advice_text(store)
     assert "If latency is the limit, take Q2" in said
     assert "Left out, measurement not valid: PP2." in said
+
+
+def test_compression_that_does_not_speed_up_is_said(planter, store):
+    p = planter("full", "q2", "pp2")
+    for name in ("full", "q2", "pp2"):
+        plant(p, name, {(None, None): 0.05, (name, 10.0): 0.5})
+    add_latency(store, "full")
+    assert "not faster here" not in advice_text(store)
+    slower = 1.5 * synthetic.SIZES["full"][3] / synthetic.SIZES["q2"][3]
+    add_latency(store, "q2", factor=slower)
+    add_latency(store, "pp2", factor=0.5)
+    said = advice_text(store)
+    assert re.search(r"not faster here than Full \(\S+\sms p50\): Q2 \(1\.[45]\d times\)\.", said)
+    assert "PP2 (" not in said.partition("not faster here")[2].partition(".")[0]
+    add_latency(store, "full", mode="quick")
+    assert "times). A hint only: quick: not comparable." in advice_text(store)
 
 
 def advice_text(store):

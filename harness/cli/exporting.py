@@ -1,0 +1,163 @@
+"""The `export` command: write ONNX files, prove them, tune them, check anybody's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.cli.build import build_artefacts
+from harness.cli.options import (
+    accelerator_option,
+    chosen_variants,
+    data_dir_option,
+    dry_run_option,
+    existing_or_new_workspace,
+    json_option,
+    make_context,
+    variant_options,
+    workspace_option,
+)
+from harness.records import UsageError
+
+if TYPE_CHECKING:
+    from harness.pipeline.context import Context
+    from harness.pipeline.tasks import Task
+
+
+@click.command()
+@variant_options
+@click.option(
+    "--check",
+    "checked",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.onnx",
+    help="Build nothing: list what any ONNX file costs and where it goes wrong; may be repeated.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Build nothing: prove anew that what is exported is what was trained.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Images that --verify uses, each clean and attacked.",
+)
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="First measure, layer by layer, which form of a quantised layer is faster here.",
+)
+@click.option(
+    "--compat",
+    is_flag=True,
+    help="Write VARIANT_compat.onnx: unpacked, operators of opset 13 only, for any runtime.",
+)
+@workspace_option
+@accelerator_option
+@data_dir_option
+@dry_run_option
+@json_option
+def export(
+    models: tuple[str, ...],
+    all_models: bool,
+    checked: tuple[Path, ...],
+    verify: bool,
+    images: int,
+    tune: bool,
+    compat: bool,
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export variants to ONNX, checked against PyTorch: cache/VARIANT.onnx and .json.
+
+    Pruned variants are physically slimmed, quantised ones hold integers. A file that disagrees
+    with its PyTorch model is not written. Variants not trained yet are trained first.
+
+    --check reads ONNX files made here or elsewhere, without running them; it ends with 1 when one
+    of them computes wrong results somewhere, or cannot run. --verify takes checkpoint, file and
+    manifest, and runs both models on clean and attacked images, with 1 and 2 threads, batch 1 and
+    128, graph optimisations on and off; it ends with 1 when anything does not hold.
+
+    \b
+    Examples:
+      harness export --all
+      harness export --all --tune
+      harness export --verify --model q4
+      harness export --check theirs.onnx
+    """
+    if sum((bool(checked), verify, tune, compat)) > 1:
+        raise UsageError("--check, --verify, --tune and --compat exclude each other: give one")
+    if checked:
+        if models or all_models or dry_run:
+            raise UsageError("--check builds nothing: leave out --model, --all and --dry-run")
+        _check(checked, as_json=as_json)
+        return
+    variants = chosen_variants(models, all_models)
+    if verify:
+        if dry_run:
+            raise UsageError("--verify builds nothing: leave out --dry-run")
+        _verify(root, accelerator, data_dir, variants, images=images, as_json=as_json)
+        return
+
+    def tasks(context: Context) -> tuple[list[Task], list[Path]]:
+        from harness.pipeline.checkpoints import train_tasks
+        from harness.pipeline.exports import export_tasks
+        from harness.pipeline.tuning import tune_tasks
+
+        path = context.workspace.compat_onnx if compat else context.workspace.onnx
+        build = train_tasks(context, variants)
+        if tune:
+            build += tune_tasks(context, variants)
+        build += export_tasks(context, variants, compat=compat)
+        return build, [path(name) for name in variants]
+
+    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks)
+
+
+def _verify(
+    root: Path,
+    accelerator: str,
+    data_dir: Path | None,
+    variants: list[str],
+    *,
+    images: int,
+    as_json: bool,
+) -> None:
+    """Print proofs of exported variants; exit with 1 when one does not hold."""
+    from harness.cli.proof_table import print_proofs
+    from harness.pipeline.proof import prove_all
+
+    workspace = existing_or_new_workspace(root)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    proofs = prove_all(context, variants, images=images)
+    print_proofs(proofs, as_json=as_json)
+    if any(proof.problems for proof in proofs):
+        click.get_current_context().exit(1)
+
+
+def _check(paths: tuple[Path, ...], *, as_json: bool) -> None:
+    """Print the findings of ONNX files; exit with 1 when one is an error."""
+    import json
+    from dataclasses import asdict
+
+    from export.lint import lint_file
+    from harness.cli.findings_list import findings_lines
+
+    found = [(str(path), lint_file(path)) for path in paths]
+    if as_json:
+        rows = [{"file": name, **asdict(f)} for name, findings in found for f in findings]
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        for name, findings in found:
+            click.echo("\n".join(findings_lines(name, findings)))
+    if any(finding.severity == "error" for _, findings in found for finding in findings):
+        click.get_current_context().exit(1)

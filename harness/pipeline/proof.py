@@ -1,0 +1,184 @@
+"""`harness export --verify`: proves anew, from the files alone, what a manifest claims.
+
+Enters: a variant's checkpoint, ONNX file and manifest, and images. Leaves: a `Proof`; nothing is
+written. Clean and attacked images go through PyTorch and onnxruntime in every setting that may not
+matter: threads, batch size, graph optimisations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.cost import cost_card
+from export.exporter import load_manifest, manifest_cost
+from export.runtime import ALL_SETTINGS
+from export.saturation import Margin, saturation_margins
+from export.slim import slim
+from export.verify import Agreement, verify_float, verify_integer
+from harness.crafting.perturbation import load_perturbation, random_sign, to_levels
+from harness.models.checkpoint import load_checkpoint
+from harness.models.folded import FoldedResNet
+from harness.models.integer import IntegerResNet
+from harness.pipeline.checkpoints import deployed_form, reference_form
+from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
+from harness.pipeline.exports import export_key
+from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.uaps import transfer_name
+from harness.records import HarnessError, UsageError, variant_named
+
+Images = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was checked of one exported variant, and what did not hold."""
+
+    variant: str
+    sha256: str
+    """Of the ONNX file."""
+    checkpoint_sha256: str
+    images_clean: int
+    images_attacked: int
+    attacked_by: str
+    """The perturbation on the attacked images: the variant's own UAP where it is there."""
+    agreement: Agreement
+    margins: tuple[Margin, ...]
+    """Saturation bounds, a layer each; empty for a float variant."""
+    problems: tuple[str, ...]
+    """Why the manifest does not hold; empty when all of it does."""
+
+
+def prove_all(context: Context, variants: list[str], *, images: int) -> list[Proof]:
+    """Prove several variants, telling the context's reporter how far it is.
+
+    Raises:
+        UsageError: one of them is not exported.
+    """
+    for variant in variants:
+        _exported(context, variant)
+    proofs: list[Proof] = []
+    tasks = [
+        Task(
+            stage="verify",
+            name=f"verify {variant}",
+            work=1.0,
+            is_done=lambda: False,
+            run=lambda progress, variant=variant: proofs.append(  # type: ignore[misc]
+                prove(context, variant, images=images, progress=progress)
+            ),
+        )
+        for variant in variants
+    ]
+    context.build(tasks)
+    return proofs
+
+
+def prove(context: Context, variant: str, *, images: int, progress: Progress) -> Proof:
+    """Check hashes, cost card and agreement of one exported variant.
+
+    Args:
+        context: of the workspace.
+        variant: its name.
+        images: how many images to use, from the training images (the largest split; labels and
+            training do not matter here). Each is used clean and attacked.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: the variant is not exported.
+    """
+    use_cpu_threads(CPU_THREADS)
+    onnx_path, checkpoint_path = _exported(context, variant)
+    problems: list[str] = []
+    content = onnx_path.read_bytes()
+    problems += _manifest_problems(context, variant, content)
+    trained = load_checkpoint(checkpoint_path).build()
+    deployed = deployed_form(trained)
+    clean = context.data.train.images[:images]
+    delta, attacked_by = _delta_255(context, variant)
+    attacked = np.clip(clean.astype(np.int16) + delta, 0, 255).astype(np.uint8)
+    shown = np.concatenate([clean, attacked])
+    total, done = len(shown) * len(ALL_SETTINGS), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done / total, "")
+
+    margins: tuple[Margin, ...] = ()
+    if isinstance(deployed, IntegerResNet):
+        agreement = verify_integer(
+            content, deployed, shown, settings=ALL_SETTINGS, progress=advance
+        )
+        margins = saturation_margins(deployed)
+        problems += [
+            f"{m.layer} can saturate without VNNI: a pair of products reaches {m.worst_pair:,} "
+            f"of {m.limit:,}"
+            for m in margins
+            if m.factor < 1
+        ]
+    else:
+        assert isinstance(deployed, FoldedResNet)
+        slimmed, _ = slim(deployed, align=context.config.export.align)
+        agreement = verify_float(
+            content,
+            reference_form(trained),
+            shown,
+            deployed=slimmed,
+            settings=ALL_SETTINGS,
+            progress=advance,
+        )
+    if not agreement.passed:
+        problems.append(agreement.reason)
+    return Proof(
+        variant=variant,
+        sha256=context.sha256(onnx_path),
+        checkpoint_sha256=context.sha256(checkpoint_path),
+        images_clean=len(clean),
+        images_attacked=len(attacked),
+        attacked_by=attacked_by,
+        agreement=agreement,
+        margins=margins,
+        problems=tuple(problems),
+    )
+
+
+def _exported(context: Context, variant: str) -> tuple[Path, Path]:
+    """(ONNX file, checkpoint) of a variant that has both."""
+    paths = context.workspace.onnx(variant), context.workspace.checkpoint(variant)
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"no {path}: run `harness export --model {variant}` first")
+    return paths
+
+
+def _manifest_problems(context: Context, variant: str, content: bytes) -> list[str]:
+    path = context.workspace.onnx(variant)
+    try:
+        manifest: dict[str, Any] = load_manifest(path)  # the file's hash is checked here
+        claimed = manifest_cost(manifest)
+    except HarnessError as error:
+        return [str(error)]
+    problems: list[str] = []
+    checkpoint_sha256 = context.sha256(context.workspace.checkpoint(variant))
+    if manifest["metadata"].get("checkpoint_sha256") != checkpoint_sha256:
+        problems.append("the manifest names another checkpoint: export the variant again")
+    if manifest["metadata"].get("key") != export_key(context, variant_named(variant)):
+        problems.append("harness.toml asks for another file than this: export the variant again")
+    if cost_card(content, image_shape=context.image_shape) != claimed:
+        problems.append("the manifest's cost card is not what the file costs: export again")
+    return problems
+
+
+def _delta_255(context: Context, variant: str) -> tuple[npt.NDArray[np.int16], str]:
+    name = transfer_name(context, variant)
+    path = context.workspace.uap(name)
+    if path.exists():
+        return load_perturbation(path).delta_255, path.name
+    eps = context.config.craft.transfer_eps
+    signs = random_sign(context.image_shape, eps=eps, seed=context.config.seed)
+    return to_levels(signs, eps=eps).astype(np.int16), f"random signs at eps {eps:g}"

@@ -1,0 +1,96 @@
+"""`harness export --tune`: measure both forms of every quantised layer here, keep the times.
+
+Enters: checkpoints of quantised variants. Leaves: `cache/tuning.json`; exports after it take the
+faster form of each layer, and are rebuilt when the choice changes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import onnxruntime
+
+from export.integer_layers import Kernel
+from export.tuning import Timing, tune
+from harness.artefacts import write_atomic
+from harness.models.checkpoint import load_checkpoint
+from harness.models.integerise import integerise
+from harness.pipeline.context import Context
+from harness.pipeline.tasks import Progress, Task
+from harness.records import UsageError, Variant, variant_named
+
+FORMAT_VERSION = 1
+TUNE_FORWARDS = 3000.0
+"""Rough cost of timing a variant's layers, in forward passes of one image."""
+
+
+def tune_tasks(context: Context, names: list[str]) -> list[Task]:
+    """Time the quantised ones of these variants, every time it is asked for.
+
+    Raises:
+        UsageError: none of them is quantised.
+    """
+    quantised = [name for name in names if variant_named(name).method == "apot"]
+    if not quantised:
+        raise UsageError("--tune chooses the form of quantised layers: name q2, q3 or q4")
+    return [
+        Task(
+            stage="export",
+            name=f"tune {name}",
+            work=TUNE_FORWARDS,
+            is_done=lambda: False,
+            run=lambda progress, name=name: _tune(context, name, progress),  # type: ignore[misc]
+        )
+        for name in quantised
+    ]
+
+
+def chosen_kernels(context: Context, variant: Variant) -> dict[str, Kernel]:
+    """Layer name -> its faster form, of what was measured; empty where nothing was.
+
+    Raises:
+        UsageError: the file of measurements is damaged.
+    """
+    layers = _load(context)["variants"].get(variant.name, {})
+    return {layer: Timing(**times).faster for layer, times in layers.items()}
+
+
+def _tune(context: Context, name: str, progress: Progress) -> None:
+    model = integerise(load_checkpoint(context.workspace.checkpoint(name)).build())
+    timings = tune(model, image_shape=context.image_shape, progress=progress)
+    content = _load(context)
+    content["onnxruntime"], content["machine"] = onnxruntime.__version__, platform.machine()
+    content["variants"][name] = {
+        layer: {"integer_ns": timing.integer_ns, "float_ns": timing.float_ns}
+        for layer, timing in timings.items()
+    }
+    text = json.dumps(content, indent=2, sort_keys=True)
+    write_atomic(context.workspace.tuning, (text + "\n").encode())
+    floats = sum(timing.faster == "float" for timing in timings.values())
+    integer_ns = sum(timing.integer_ns for timing in timings.values())
+    fastest_ns = sum(min(t.integer_ns, t.float_ns) for t in timings.values())
+    context.reporter.note(
+        f"tune {name}: {floats} of {len(timings)} layers are faster as float over whole numbers; "
+        f"all layers {integer_ns / 1e6:.2f} ms integer, {fastest_ns / 1e6:.2f} ms as chosen"
+    )
+
+
+def _load(context: Context) -> dict[str, Any]:
+    path = context.workspace.tuning
+    if not path.exists():
+        return {"format": FORMAT_VERSION, "variants": {}}
+    try:
+        content = json.loads(path.read_bytes())
+        for layers in content["variants"].values():
+            for times in layers.values():
+                if not all(isinstance(ns, int) for ns in times.values()):
+                    raise TypeError("times must be whole nanoseconds")
+                Timing(**times)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): delete it, or measure again with harness export --tune"
+        ) from None
+    result: dict[str, Any] = content
+    return result
