@@ -93,6 +93,7 @@ def export_model(
     )
     slimming: SlimReport | None = None
     margins: list[dict[str, Any]] | None = None
+    widths: dict[str, dict[str, int]] | None = None
     if isinstance(model, IntegerResNet):
         if not isinstance(reference, IntegerResNet):
             raise TypeError("an integer export is compared with its integer twin")
@@ -103,6 +104,7 @@ def export_model(
         agreement = verify_integer(content, reference, calibration, settings=EXPORT_SETTINGS)
         margins = [asdict(margin) for margin in saturation_margins(model)]
     else:
+        widths = _other_widths(model, image_shape)
         model, slimming = slim(model, align=align)
         content = serialise(float_graph(model, image_shape=image_shape, metadata=properties))
         agreement = verify_float(
@@ -123,10 +125,24 @@ def export_model(
         slimming=slimming,
         details={
             "saturation": margins,
+            "other_widths": widths,
             "packed": packed and margins is not None,
             "float_kernels": sorted(n for n, form in (kernels or {}).items() if form == "float"),
         },
     )
+
+
+def _other_widths(
+    model: FoldedResNet, image_shape: tuple[int, int, int]
+) -> dict[str, dict[str, int]]:
+    """What the model would cost as trained, and slimmed as far as is exact, whatever `align` is."""
+    forms = {"as_trained": model, "exact": slim(model, align=1)[0]}
+    costs: dict[str, dict[str, int]] = {}
+    for name, form in forms.items():
+        content = serialise(float_graph(form, image_shape=image_shape, metadata={}))
+        card = cost_card(content, image_shape=image_shape)
+        costs[name] = {"macs": card.macs, "params": card.params, "file_bytes": card.file_bytes}
+    return costs
 
 
 def check_request(

@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -25,6 +26,8 @@ from harness.records import HarnessError, UsageError
 MAX_PT_BYTES = 2 * 2**30
 """Larger than any checkpoint of these models by far; a bigger file is a mistake or an attack."""
 _DOS_FOLDER = 0x10
+_WARNINGS = threading.Lock()
+"""Held while warnings are silenced: that is a state of the whole process, and tasks run beside."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -112,7 +115,7 @@ def load_pt(path: Path, *, what: str) -> dict[str, Any]:
         raise UsageError(f"{what} {path} is {size // 2**20} MiB; at most {limit} MiB are accepted")
     _check_archive(path, what=what)
     try:
-        with warnings.catch_warnings():
+        with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -143,9 +146,9 @@ def _check_archive(path: Path, *, what: str) -> None:
     if unpacked > MAX_PT_BYTES:
         raise UsageError(f"{what} {path} would unpack to {unpacked // 2**20} MiB: refused")
     if damaged is not None:
-        raise UsageError(f"{what} {path} is damaged (checksum of {damaged}): make it again")
+        raise UsageError(f"{what} {path} is damaged (checksum of {damaged!r}): make it again")
     if folders:
-        raise UsageError(f"{what} {path} is damaged ({folders[0]} is a folder): make it again")
+        raise UsageError(f"{what} {path} is damaged ({folders[0]!r} is a folder): make it again")
 
 
 def write_partial(path: Path, *, key: str, state: dict[str, Any]) -> None:

@@ -12,11 +12,11 @@ from harness.cli.options import (
     accelerator_option,
     chosen_variants,
     data_dir_option,
+    deployable_options,
     dry_run_option,
     existing_or_new_workspace,
     json_option,
     make_context,
-    variant_options,
     workspace_option,
 )
 from harness.records import UsageError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@variant_options
+@deployable_options
 @click.option(
     "--check",
     "checked",
@@ -101,7 +101,8 @@ def export(
             raise UsageError("--check builds nothing: leave out --model, --all and --dry-run")
         _check(checked, as_json=as_json)
         return
-    variants = chosen_variants(models, all_models)
+    plain = not (verify or tune or compat)
+    variants = chosen_variants(models, all_models, deployable=plain)
     if verify:
         if dry_run:
             raise UsageError("--verify builds nothing: leave out --dry-run")

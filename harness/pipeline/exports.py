@@ -41,7 +41,7 @@ from harness.records import (
     trained_for,
 )
 
-VERSION = 2
+VERSION = 3
 DERIVED_EXPORTS: dict[str, Callable[..., Exported]] = {"int8": export_static_int8}
 """Method of a derived model -> what makes its file of the folded and the trained parent."""
 EXPORT_FORWARDS = 1500.0

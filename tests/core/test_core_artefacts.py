@@ -216,7 +216,7 @@ def test_a_tensor_that_claims_to_be_a_folder_is_refused(tmp_path: Path) -> None:
     entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"archive/data/0"))
     whole[entry + 38] |= 0x10  # external attributes: folder
     path.write_bytes(whole)
-    assert "archive/data/0 is a folder" in refused(path)
+    assert "'archive/data/0' is a folder" in refused(path)
 
 
 def test_a_damaged_compressed_archive_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
         assert one.manifest_path.read_bytes() == two.manifest_path.read_bytes()
 
 
+def test_the_manifest_states_the_cost_of_other_widths(tmp_path: Path) -> None:
+    model = pruned(0.7, width=16)
+    result = export_model(
+        fold(model), model, out=tmp_path / "sfp.onnx", calibration=PIXELS, metadata={}, align=8
+    )
+    exact, trained_as = (result.manifest["other_widths"][k] for k in ("exact", "as_trained"))
+    alone = export_model(
+        fold(model), model, out=tmp_path / "exact.onnx", calibration=PIXELS, metadata={}
+    )
+    assert (exact["macs"], exact["params"]) == (alone.cost.macs, alone.cost.params)
+    assert exact["macs"] < result.cost.macs < trained_as["macs"]
+    assert exact["params"] < result.cost.params < trained_as["params"]
+
+
 def integer_export(folder: Path) -> Exported:
     model = twin(3)
     return exported(folder, model, copy.deepcopy(model))
@@ -87,6 +101,10 @@ def test_masks_that_cannot_be_cut_are_exported_and_reported(tmp_path: Path) -> N
     model.stage_output(2).mask = (torch.rand(16, 8, 8) > 0.3).float()
     result = exported(tmp_path, fold(model), model)
     assert "nothing was saved" in result.manifest["slimming"]["method"]
+    unmasked = trained()
+    plain = exported(tmp_path / "plain", fold(unmasked), unmasked)
+    assert (result.cost.macs, result.cost.params) == (plain.cost.macs, plain.cost.params)
+    assert result.cost.file_bytes > plain.cost.file_bytes
 
 
 # --- what is refused -----------------------------------------------------------------------------
