@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -69,7 +70,7 @@ def is_standard(node: onnx.NodeProto) -> bool:
 def convolutions(graph: Graph) -> Iterator[tuple[onnx.NodeProto, str, str]]:
     """(node, weight tensor, tensor of its zero point or '') of every convolution."""
     for node in graph.nodes:
-        if node.op_type in _CONVOLUTIONS:
+        if node.op_type in _CONVOLUTIONS and len(node.input) > 1 and node.output:
             weight, zero_point = _CONVOLUTIONS[node.op_type]
             yield node, graph.input(node, weight), graph.input(node, zero_point)
 
@@ -81,7 +82,11 @@ def is_elementwise(node: onnx.NodeProto) -> bool:
 
 def per_filter(values: Array) -> Array:
     """Weights [filters, ...] as a matrix [filters, everything else]."""
-    return values.reshape(values.shape[0], -1) if values.ndim else values.reshape(1, 1)
+    return (
+        values.reshape(values.shape[0], prod(values.shape[1:]))
+        if values.ndim
+        else values.reshape(1, 1)
+    )
 
 
 def is_float(array: Array) -> bool:

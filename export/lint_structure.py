@@ -17,6 +17,7 @@ from export.lint_finding import (
     convolutions,
     is_elementwise,
     is_float,
+    is_standard,
     label,
     per_filter,
 )
@@ -99,7 +100,7 @@ def fake_quantisation(graph: Graph) -> Iterator[Finding]:
 def batch_norm(graph: Graph) -> Iterator[Finding]:
     """Batch normalisation that the convolution before it could carry."""
     for node in graph.nodes:
-        if node.op_type != "BatchNormalization":
+        if node.op_type != "BatchNormalization" or not (is_standard(node) and node.input):
             continue
         source = graph.producer(node.input[0])
         if source is None or source.op_type not in ("Conv", "Gemm", "ConvTranspose"):

@@ -29,6 +29,10 @@ _FOLDABLE = frozenset(
 """What may stand between a stored tensor and the operator that uses it."""
 _MAX_FOLDED_ELEMENTS = 1 << 28
 """A table of a megabyte read at a million places is a small file and a tensor of terabytes."""
+_MAX_FOLDED_BYTES = 2 << 30
+"""Of all constants of one file together."""
+_MAX_FOLDED_DEPTH = 100
+"""Nodes between a stored tensor and its use; packed weights have six."""
 _SUBGRAPHS = frozenset(("If", "Loop", "Scan"))
 
 
@@ -41,6 +45,7 @@ class Graph:
         self.opset = opset_of(model)
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._values: dict[str, Array | None] = {"": None}
+        self._folded_bytes = self._depth = 0
         self._producer = {name: node for node in self.nodes for name in node.output}
         self._consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
@@ -129,7 +134,15 @@ class Graph:
     def value(self, name: str) -> Array | None:
         """A tensor that does not depend on the image; None when it does (or cannot be folded)."""
         if name not in self._values:
-            self._values[name] = self._fold(name)
+            if self._depth >= _MAX_FOLDED_DEPTH:
+                raise HarnessError(
+                    f"constant {name!r} of the ONNX file is computed in too many steps"
+                )
+            self._depth += 1
+            try:
+                self._values[name] = self._fold(name)
+            finally:
+                self._depth -= 1
         return self._values[name]
 
     def shape_or_none(self, name: str) -> tuple[int, ...] | None:
@@ -220,7 +233,11 @@ class Graph:
                 outputs: Any = ReferenceEvaluator(step).run([name], feeds)
         except Exception as error:
             raise HarnessError(f"constant {name!r} of the ONNX file is invalid: {error}") from error
-        return np.asarray(outputs[0])
+        folded = np.asarray(outputs[0])
+        self._folded_bytes += folded.nbytes
+        if self._folded_bytes > _MAX_FOLDED_BYTES:
+            raise HarnessError("the constants of the ONNX file unpack to too much memory")
+        return folded
 
 
 def load_model(model_bytes: bytes) -> onnx.ModelProto:

@@ -40,17 +40,17 @@ def saturation_margins(model: IntegerResNet) -> tuple[Margin, ...]:
         name = f"blocks.{index}"
         top = block.quantise.levels.top
         conv1 = _weight(block.conv1.conv) * block.conv1.multiplier
-        margins.append(_margin(f"{name}.conv1", conv1, top))
+        margins.append(margin_of(f"{name}.conv1", conv1, top))
         hidden = block.conv1.output.levels.top
-        margins.append(_margin(f"{name}.conv2", _weight(block.conv2.conv), hidden))
+        margins.append(margin_of(f"{name}.conv2", _weight(block.conv2.conv), hidden))
         if block.shortcut is not None and block.quantise_shortcut is not None:
             top = block.quantise_shortcut.levels.top
-            margins.append(_margin(f"{name}.shortcut", _weight(block.shortcut.conv), top))
+            margins.append(margin_of(f"{name}.shortcut", _weight(block.shortcut.conv), top))
     return tuple(margins)
 
 
-def _margin(layer: str, weight: npt.NDArray[np.int64], top: int) -> Margin:
-    """`weight` int [O, I, k, k] meets activations 0 to `top`."""
+def margin_of(layer: str, weight: npt.NDArray[np.int64], top: int) -> Margin:
+    """The bound of one layer whose weights int [O, ...] meet activations from 0 to `top`."""
     filters = np.sort(weight.reshape(len(weight), -1), axis=1)
     # Activations are never negative: the worst pair has both weights of one sign.
     highest = np.maximum(filters[:, -2:], 0).sum(axis=1).max()

@@ -32,12 +32,13 @@ from onnxruntime.quantization import (
 )
 from torch import nn
 
+from export.agreement import Agreement
 from export.exporter import Exported, check_request, save_export
 from export.float_graph import float_graph
 from export.graph import IMAGE, NOMINAL_BITS, serialise
 from export.runtime import DEFAULT_SETTINGS, Images, batches
-from export.saturation import PAIR_LIMIT, Margin
-from export.verify import Agreement, verify_float
+from export.saturation import PAIR_LIMIT, Margin, margin_of
+from export.verify import verify_float
 from harness.models.folded import FoldedResNet
 from harness.records import HarnessError
 
@@ -46,7 +47,6 @@ MIN_AGREEMENT = 0.5
 _BATCH = 32
 _BITS = (8, 8)
 _LARGEST_ACTIVATION = 255
-_WEIGHT_DIMS = 2
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 """Batch norm is folded and shapes are known: tells the quantiser not to ask for it."""
 
@@ -162,11 +162,7 @@ def int8_margins(content: bytes) -> tuple[Margin, ...]:
         if node.op_type not in ("Conv", "Gemm"):
             continue
         weight = numpy_helper.to_array(quantised[node.input[1]]).astype(np.int64)
-        filters = np.sort(weight.reshape(len(weight), -1), axis=1)
-        highest = np.maximum(filters[:, -2:], 0).sum(axis=1).max()
-        lowest = -np.minimum(filters[:, :2], 0).sum(axis=1).min()
-        pair = int(max(highest, lowest)) * _LARGEST_ACTIVATION
-        margins.append(Margin(node.name, worst_pair=pair, limit=PAIR_LIMIT))
+        margins.append(margin_of(node.name, weight, _LARGEST_ACTIVATION))
     return tuple(margins)
 
 

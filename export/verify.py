@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 from onnx import helper
 from torch import Tensor, nn
 
+from export.agreement import NOT_COMPARABLE, Agreement, LayerCheck, judge
 from export.float_graph import exposed_blocks
 from export.integer_graph import exposed_layers
+from export.onnx_reader import load_model
 from export.runtime import (
     DEFAULT_SETTINGS,
     Images,
@@ -37,56 +38,13 @@ from harness.models.folded import FoldedResNet
 from harness.models.integer import IntegerResNet
 from harness.records import HarnessError
 
-RELATIVE_TOLERANCE = 1e-4
-"""Largest |logit difference| accepted, as a share of the largest |logit|."""
 MIN_ARGMAX_AGREEMENT = 0.999
 """For float variants, and then only where every disagreement is a near-tie."""
-_NAMED_LAYERS = 3
 _TORCH_BATCH = 128
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int], None]
 """Images checked since the last call, counted once for every setting."""
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer of the file beside the same layer in PyTorch, over all images and settings."""
-
-    layer: str
-    """The tensor's name in the file."""
-    compared: int
-    """Elements."""
-    mismatches: int | None
-    """Differing whole numbers; None for a float layer."""
-    relative_error: float | None
-    """Largest |difference| over the largest |value|; None for a quantised layer."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What was compared, and what came out. Codes are None where the model has none."""
-
-    images: int
-    settings: tuple[RunSettings, ...]
-    """How onnxruntime was asked; every image under every one of them."""
-    max_abs_error: float
-    """Largest |logit difference|."""
-    relative_error: float
-    """The same divided by the largest |logit| of the PyTorch model."""
-    argmax_agreement: float
-    """Share of the predictions that are the same."""
-    near_ties: int
-    """Disagreements where PyTorch's two best logits differ by less than the tolerance."""
-    codes_compared: int | None
-    """Activations compared at the quantised layers: half-unit codes and levels each once."""
-    code_mismatches: int | None
-    layers: tuple[LayerCheck, ...]
-    runtime_version: str
-    """Of onnxruntime."""
-    passed: bool
-    reason: str
-    """Why it did not pass; empty when it did."""
 
 
 def verify_float(
@@ -201,9 +159,11 @@ class _Tally:
             self.largest_difference = float("inf")
             return
         self.mismatches += int(np.count_nonzero(expected != actual))
-        self.largest_difference = max(
-            self.largest_difference, float(np.abs(expected - actual.astype(expected.dtype)).max())
-        )
+        with np.errstate(invalid="ignore"):  # inf - inf
+            difference = float(np.abs(expected - actual.astype(expected.dtype)).max())
+        # NaN compares with nothing: it must not look like agreement.
+        difference = difference if np.isfinite(difference) else float("inf")
+        self.largest_difference = max(self.largest_difference, difference)
         self.largest_value = max(self.largest_value, float(np.abs(expected).max()))
 
 
@@ -250,11 +210,18 @@ def _compare(
             progress(len(batch))
     whole = isinstance(reference, IntegerResNet)
     layers = tuple(_layer_check(name, tally, whole=whole) for name, tally in tallies.items())
-    return _judge(answers, layers, len(images), tuple(settings), min_agreement)
+    return judge(
+        np.concatenate(answers.torch),
+        np.concatenate(answers.runtime),
+        layers=layers,
+        images=len(images),
+        settings=tuple(settings),
+        min_agreement=min_agreement,
+    )
 
 
 def _layer_check(name: str, tally: _Tally, *, whole: bool) -> LayerCheck:
-    error = tally.largest_difference / (tally.largest_value or 1.0)
+    error = min(tally.largest_difference / (tally.largest_value or 1.0), NOT_COMPARABLE)
     return LayerCheck(
         name,
         tally.compared,
@@ -263,61 +230,12 @@ def _layer_check(name: str, tally: _Tally, *, whole: bool) -> LayerCheck:
     )
 
 
-def _judge(
-    answers: _Answers,
-    layers: tuple[LayerCheck, ...],
-    images: int,
-    settings: tuple[RunSettings, ...],
-    min_agreement: float,
-) -> Agreement:
-    expected, actual = np.concatenate(answers.torch), np.concatenate(answers.runtime)
-    scale = float(np.abs(expected).max())
-    with np.errstate(invalid="ignore"):  # inf - inf: the reasons below say it
-        max_abs_error = float(np.abs(expected - actual).max())
-    relative_error = max_abs_error / scale if scale > 0 else max_abs_error
-    differ = expected.argmax(axis=1) != actual.argmax(axis=1)
-    best_two = np.sort(expected, axis=1)[:, -2:]
-    tied = best_two[:, -1] - best_two[:, 0] < RELATIVE_TOLERANCE * scale
-    near_ties = int((differ & tied).sum())
-    argmax_agreement = 1.0 - float(differ.mean())
-    quantised = [layer for layer in layers if layer.mismatches is not None]
-    wrong = {layer.layer: layer.mismatches for layer in quantised if layer.mismatches}
-    reasons: list[str] = []
-    if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
-        reasons.append("logits are not finite")
-    elif relative_error > RELATIVE_TOLERANCE:
-        reasons.append(
-            f"logits differ by {relative_error:.1e} of the largest (limit {RELATIVE_TOLERANCE:g})"
-        )
-    if argmax_agreement < min_agreement:
-        reasons.append(
-            f"{int(differ.sum())} of {len(differ)} predictions differ "
-            f"(agreement {argmax_agreement:.4f}, limit {min_agreement:g})"
-        )
-    if int(differ.sum()) > near_ties:
-        reasons.append(f"{int(differ.sum()) - near_ties} of the differing predictions are no ties")
-    if wrong:
-        first = ", ".join(list(wrong)[:_NAMED_LAYERS])
-        reasons.append(f"{sum(wrong.values())} codes differ, in {len(wrong)} tensors from {first}")
-    return Agreement(
-        images=images,
-        settings=settings,
-        max_abs_error=max_abs_error,
-        relative_error=relative_error,
-        argmax_agreement=argmax_agreement,
-        near_ties=near_ties,
-        codes_compared=sum(layer.compared for layer in quantised) if quantised else None,
-        code_mismatches=sum(wrong.values()) if quantised else None,
-        layers=layers,
-        runtime_version=onnxruntime.__version__,
-        passed=not reasons,
-        reason="; ".join(reasons),
-    )
-
-
 def _with_outputs(model_bytes: bytes, tensors: list[str]) -> bytes:
-    model = onnx.load_model_from_string(model_bytes)
-    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    model = load_model(model_bytes)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    except Exception as error:  # of C++, of many kinds
+        raise HarnessError(f"shapes of the ONNX file cannot be inferred: {error}") from error
     types = {info.name: info.type.tensor_type.elem_type for info in inferred}
     missing = [name for name in tensors if name not in types]
     if missing:

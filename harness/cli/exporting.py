@@ -96,6 +96,9 @@ def export(
     """
     if sum((bool(checked), verify, tune, compat)) > 1:
         raise UsageError("--check, --verify, --tune and --compat exclude each other: give one")
+    source = click.get_current_context().get_parameter_source("images")
+    if not verify and source is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError("--images belongs to --verify")
     if checked:
         if models or all_models or dry_run:
             raise UsageError("--check builds nothing: leave out --model, --all and --dry-run")

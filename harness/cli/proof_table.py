@@ -34,6 +34,8 @@ def _paragraph(proof: Proof) -> str:
     agreement = proof.agreement
     lines = [f"{proof.variant}: {'NOT PROVED' if proof.problems else 'proved'}"]
     lines += [f"  {problem}" for problem in proof.problems]
+    if agreement is None:
+        return "\n".join(lines)
     predictions = agreement.images * len(agreement.settings)
     lines.append(
         f"  {proof.images_clean:,} images clean and {proof.images_attacked:,} attacked "
@@ -53,8 +55,8 @@ def _paragraph(proof: Proof) -> str:
     elif agreement.layers:
         worst = max(agreement.layers, key=lambda layer: layer.relative_error or 0.0)
         lines.append(f"  largest error inside: {worst.relative_error:.1e} ({worst.layer})")
-    if proof.margins:
-        tight = min(proof.margins, key=lambda margin: margin.factor)
+    tight = min(proof.margins, key=lambda margin: margin.factor, default=None)
+    if tight is not None and tight.factor >= 1:
         lines.append(
             f"  no 8-bit saturation on AVX2: the worst pair of products reaches "
             f"{tight.worst_pair:,} of {tight.limit:,} ({tight.layer}, {tight.factor:.1f}x margin)"
@@ -69,7 +71,7 @@ def _print_layers(proof: Proof) -> None:
     table.add_column("tensor")
     for heading in ("compared", "differ", "error"):
         table.add_column(heading, justify="right")
-    for layer in proof.agreement.layers:
+    for layer in proof.agreement.layers if proof.agreement else ():
         differ = "" if layer.mismatches is None else f"{layer.mismatches:,}"
         error = "" if layer.relative_error is None else f"{layer.relative_error:.1e}"
         table.add_row(layer.layer, f"{layer.compared:,}", differ, error)

@@ -6,6 +6,7 @@ Enters: a workspace and the command line's choices. Leaves: nothing on disk.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,13 +162,25 @@ def jobs_for(accelerator: torch.device) -> int:
     """How many models are trained side by side: one on a GPU, else what the cores allow."""
     if accelerator.type != "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0))
+    # Linux says which cores are ours; elsewhere all are.
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
     return max(1, min(MAX_JOBS, cores // (_omp_num_threads() or TRAIN_THREADS)))
 
 
 def _omp_num_threads() -> int:
     text = os.environ.get("OMP_NUM_THREADS", "")
     return int(text) if text.isdigit() else 0
+
+
+def processor_name() -> str:
+    """The model of the CPU, as the system calls it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -74,6 +74,7 @@ def _form(context: Context, variant: Variant | Derived, *, compat: bool) -> dict
 def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
     """What the file says of itself."""
     config = context.config
+    coupling = config.train.sfp_coupling
     return {
         "variant": variant.name,
         "method": variant.method,
@@ -82,6 +83,8 @@ def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
         "arch": config.arch,
         "width": str(config.width),
         "seed": str(config.seed),
+        # The paper's algorithm goes without saying; another must not pass for it.
+        **({"sfp_coupling": coupling} if variant.method == "sfp" and coupling != "layer" else {}),
     }
 
 

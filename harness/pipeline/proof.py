@@ -7,28 +7,32 @@ matter: threads, batch size, graph optimisations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from export.agreement import Agreement
 from export.cost import cost_card
 from export.exporter import load_manifest, manifest_cost
 from export.runtime import ALL_SETTINGS
 from export.saturation import Margin, saturation_margins
 from export.slim import slim
-from export.verify import Agreement, verify_float, verify_integer
+from export.verify import verify_float, verify_integer
 from harness.crafting.perturbation import load_perturbation, random_sign, to_levels
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import FoldedResNet
 from harness.models.integer import IntegerResNet
+from harness.models.resnet import ResNet
 from harness.pipeline.checkpoints import deployed_form, reference_form
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.exports import export_key
 from harness.pipeline.tasks import Progress, Task
-from harness.pipeline.uaps import transfer_name
+from harness.pipeline.uaps import transfer_name, valid_uap
 from harness.records import HarnessError, UsageError, variant_named
 
 Images = npt.NDArray[np.uint8]
@@ -46,7 +50,8 @@ class Proof:
     images_attacked: int
     attacked_by: str
     """The perturbation on the attacked images: the variant's own UAP where it is there."""
-    agreement: Agreement
+    agreement: Agreement | None
+    """None when the file could not even be run."""
     margins: tuple[Margin, ...]
     """Saturation bounds, a layer each; empty for a float variant."""
     problems: tuple[str, ...]
@@ -109,30 +114,20 @@ def prove(context: Context, variant: str, *, images: int, progress: Progress) ->
         done += count
         progress(done / total, "")
 
-    margins: tuple[Margin, ...] = ()
-    if isinstance(deployed, IntegerResNet):
-        agreement = verify_integer(
-            content, deployed, shown, settings=ALL_SETTINGS, progress=advance
-        )
-        margins = saturation_margins(deployed)
+    margins = saturation_margins(deployed) if isinstance(deployed, IntegerResNet) else ()
+    agreement: Agreement | None = None
+    try:
+        agreement = _compare(context, content, trained, deployed, shown, advance)
+    except HarnessError as error:
+        problems.append(str(error))
+    if margins:
         problems += [
             f"{m.layer} can saturate without VNNI: a pair of products reaches {m.worst_pair:,} "
             f"of {m.limit:,}"
             for m in margins
             if m.factor < 1
         ]
-    else:
-        assert isinstance(deployed, FoldedResNet)
-        slimmed, _ = slim(deployed, align=context.config.export.align)
-        agreement = verify_float(
-            content,
-            reference_form(trained),
-            shown,
-            deployed=slimmed,
-            settings=ALL_SETTINGS,
-            progress=advance,
-        )
-    if not agreement.passed:
+    if agreement is not None and not agreement.passed:
         problems.append(agreement.reason)
     return Proof(
         variant=variant,
@@ -144,6 +139,29 @@ def prove(context: Context, variant: str, *, images: int, progress: Progress) ->
         agreement=agreement,
         margins=margins,
         problems=tuple(problems),
+    )
+
+
+def _compare(
+    context: Context,
+    content: bytes,
+    trained: ResNet,
+    deployed: nn.Module,
+    images: Images,
+    advance: Callable[[int], None],
+) -> Agreement:
+    """The file beside the model it must be, in every setting."""
+    if isinstance(deployed, IntegerResNet):
+        return verify_integer(content, deployed, images, settings=ALL_SETTINGS, progress=advance)
+    assert isinstance(deployed, FoldedResNet)
+    slimmed, _ = slim(deployed, align=context.config.export.align)
+    return verify_float(
+        content,
+        reference_form(trained),
+        images,
+        deployed=slimmed,
+        settings=ALL_SETTINGS,
+        progress=advance,
     )
 
 
@@ -177,7 +195,7 @@ def _manifest_problems(context: Context, variant: str, content: bytes) -> list[s
 def _delta_255(context: Context, variant: str) -> tuple[npt.NDArray[np.int16], str]:
     name = transfer_name(context, variant)
     path = context.workspace.uap(name)
-    if path.exists():
+    if valid_uap(context, name):
         return load_perturbation(path).delta_255, path.name
     eps = context.config.craft.transfer_eps
     signs = random_sign(context.image_shape, eps=eps, seed=context.config.seed)

@@ -7,7 +7,6 @@ faster form of each layer, and are rebuilt when the choice changes.
 from __future__ import annotations
 
 import json
-import platform
 from typing import Any
 
 import onnxruntime
@@ -17,7 +16,7 @@ from export.tuning import Timing, tune
 from harness.artefacts import write_atomic
 from harness.models.checkpoint import load_checkpoint
 from harness.models.integerise import integerise
-from harness.pipeline.context import Context
+from harness.pipeline.context import Context, processor_name
 from harness.pipeline.tasks import Progress, Task
 from harness.records import UsageError, Variant, variant_named
 
@@ -50,21 +49,37 @@ def tune_tasks(context: Context, names: list[str]) -> list[Task]:
 def chosen_kernels(context: Context, variant: Variant) -> dict[str, Kernel]:
     """Layer name -> its faster form, of what was measured; empty where nothing was.
 
+    Times of another processor, onnxruntime or width say nothing here and are not used.
+
     Raises:
         UsageError: the file of measurements is damaged.
     """
-    layers = _load(context)["variants"].get(variant.name, {})
-    return {layer: Timing(**times).faster for layer, times in layers.items()}
+    measured = _load(context)["variants"].get(variant.name)
+    if measured is None or measured["conditions"] != _conditions(context):
+        return {}
+    return {layer: Timing(**times).faster for layer, times in measured["layers"].items()}
+
+
+def _conditions(context: Context) -> dict[str, Any]:
+    """What decides the times, beside the layers' names."""
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "processor": processor_name(),
+        "width": context.config.width,
+        "image_shape": list(context.image_shape),
+    }
 
 
 def _tune(context: Context, name: str, progress: Progress) -> None:
     model = integerise(load_checkpoint(context.workspace.checkpoint(name)).build())
     timings = tune(model, image_shape=context.image_shape, progress=progress)
     content = _load(context)
-    content["onnxruntime"], content["machine"] = onnxruntime.__version__, platform.machine()
     content["variants"][name] = {
-        layer: {"integer_ns": timing.integer_ns, "float_ns": timing.float_ns}
-        for layer, timing in timings.items()
+        "conditions": _conditions(context),
+        "layers": {
+            layer: {"integer_ns": timing.integer_ns, "float_ns": timing.float_ns}
+            for layer, timing in timings.items()
+        },
     }
     text = json.dumps(content, indent=2, sort_keys=True)
     write_atomic(context.workspace.tuning, (text + "\n").encode())
@@ -83,8 +98,11 @@ def _load(context: Context) -> dict[str, Any]:
         return {"format": FORMAT_VERSION, "variants": {}}
     try:
         content = json.loads(path.read_bytes())
-        for layers in content["variants"].values():
-            for times in layers.values():
+        if content["format"] != FORMAT_VERSION:
+            raise ValueError(f"format {content['format']}, not {FORMAT_VERSION}")
+        for measured in content["variants"].values():
+            dict(measured["conditions"])
+            for times in measured["layers"].values():
                 if not all(isinstance(ns, int) for ns in times.values()):
                     raise TypeError("times must be whole nanoseconds")
                 Timing(**times)

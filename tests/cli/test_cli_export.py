@@ -47,7 +47,7 @@ def test_verify_of_one_variant_prints_its_layers(run: Run, workspace: Path) -> N
     assert "blocks.7.conv2" in out
 
 
-@pytest.mark.parametrize("damage", ["onnx", "checkpoint", "cost"])
+@pytest.mark.parametrize("damage", ["onnx", "truncated", "checkpoint", "cost"])
 def test_verify_does_not_believe_a_changed_file(run: Run, workspace: Path, damage: str) -> None:
     cache = workspace / "cache"
     manifest = json.loads((cache / "q3.json").read_text())
@@ -61,6 +61,8 @@ def test_verify_does_not_believe_a_changed_file(run: Run, workspace: Path, damag
         (cache / "q3.onnx").write_bytes(content)
         manifest["sha256"] = hashlib.sha256(content).hexdigest()
         (cache / "q3.json").write_text(json.dumps(manifest))
+    elif damage == "truncated":
+        (cache / "q3.onnx").write_bytes((cache / "q3.onnx").read_bytes()[:-100])
     elif damage == "checkpoint":
         (cache / "q3.pt").write_bytes((cache / "q2.pt").read_bytes())
     else:
@@ -71,6 +73,7 @@ def test_verify_does_not_believe_a_changed_file(run: Run, workspace: Path, damag
     assert outcome.out.startswith("q3: NOT PROVED\n")
     expected = {
         "onnx": "codes differ",
+        "truncated": "is not the file that",
         "checkpoint": "another checkpoint",
         "cost": "cost card",
     }
@@ -111,7 +114,7 @@ def test_compat_writes_plain_bytes_beside_the_experiment(run: Run, workspace: Pa
 def test_tune_measures_and_exports_what_is_faster(run: Run, workspace: Path) -> None:
     succeeded(run("export", "--model", "q4", "--tune", cwd=workspace))
     tuning = json.loads((workspace / "cache/tuning.json").read_text())
-    layers = tuning["variants"]["q4"]
+    layers = tuning["variants"]["q4"]["layers"]
     assert len(layers) == 19
     floats = {name for name, t in layers.items() if t["float_ns"] < t["integer_ns"]}
     manifest = json.loads((workspace / "cache/q4.json").read_text())
@@ -128,11 +131,19 @@ def test_tune_measures_and_exports_what_is_faster(run: Run, workspace: Path) -> 
 def test_a_measured_choice_decides_the_file(run: Run, workspace: Path, tiny: Tiny) -> None:
     """The same times give the same bytes; a damaged file of times is one line."""
     path = workspace / "cache" / "tuning.json"
-    times = {"blocks.0.conv1": {"integer_ns": 2, "float_ns": 1}}
-    path.write_text(json.dumps({"format": 1, "variants": {"q4": times}}))
+    succeeded(run("export", "--model", "q4", "--tune", cwd=workspace))
+    measured = json.loads(path.read_text())
+    measured["variants"]["q4"]["layers"] = {"blocks.0.conv1": {"integer_ns": 2, "float_ns": 1}}
+    path.write_text(json.dumps(measured))
     succeeded(run("export", "--all", cwd=workspace))
     changed = written(contents_only(artefacts(tiny.root)), contents_only(artefacts(workspace)))
     assert changed == {"q4.onnx", "q4.json", "tuning.json"}
+    # Times of another onnxruntime say nothing: the default form again.
+    measured["variants"]["q4"]["conditions"]["onnxruntime"] = "1.0"
+    path.write_text(json.dumps(measured))
+    succeeded(run("export", "--all", cwd=workspace))
+    default = contents(artefacts(tiny.root))
+    assert contents(artefacts(workspace))["q4.onnx"] == default["q4.onnx"]
     path.write_text("{")
     outcome = run("export", "--all", cwd=workspace)
     assert outcome.code == 2
@@ -152,6 +163,7 @@ def contents_only(state: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int
         (["--verify", "--tune", "--all"], "exclude each other"),
         (["--compat", "--check", "x.onnx"], "exclude each other"),
         (["--verify", "--all", "--dry-run"], "--dry-run"),
+        (["--all", "--images", "5"], "--images belongs to --verify"),
         (["--tune", "--model", "full"], "name q2, q3 or q4"),
     ],
 )

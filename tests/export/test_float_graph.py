@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import onnx
@@ -43,6 +44,22 @@ def test_onnxruntime_computes_the_trained_model(make, settings: RunSettings) -> 
         assert agreement.passed, agreement.reason
         assert agreement.relative_error < 1e-5
         assert agreement.codes_compared is None
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_a_wrong_block_is_named_even_where_the_logits_hide_it(value: float) -> None:
+    model = trained()
+    deployed = slim(fold(model))[0]
+    other = copy.deepcopy(deployed)
+    next(iter(other.blocks())).conv2.bias[0] += value
+    content = serialise(built(deployed))
+    agreement = verify_float(content, model, PIXELS, deployed=deployed)
+    assert agreement.passed, agreement.reason
+    assert [layer.layer for layer in agreement.layers] == [f"blocks.{i}.relu" for i in range(8)]
+    agreement = verify_float(content, model, PIXELS, deployed=other)
+    assert not agreement.passed
+    assert "first blocks.0.relu" in agreement.reason
+    assert all((layer.relative_error or 0) <= 1e30 for layer in agreement.layers)
 
 
 def test_unit_masks_multiply() -> None:

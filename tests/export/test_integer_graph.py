@@ -82,7 +82,7 @@ def test_one_different_weight_level_is_seen(bits: int) -> None:
     agreement = verify_integer(serialise(built(other)), model, PIXELS)
     assert not agreement.passed
     assert agreement.code_mismatches
-    assert "layers.0.conv1.output.levels" in agreement.reason
+    assert "from blocks.0.conv1.codes" in agreement.reason
 
 
 def test_a_wrong_table_is_seen_even_in_the_last_layer() -> None:

@@ -722,7 +722,7 @@ def test_a_small_file_that_unpacks_to_terabytes() -> None:
     nodes = [
         node("Gather", "table index", "huge", axis=0),
         node("Reshape", "huge flat", "w"),
-        node("Add", "image w", "logits"),
+        node("Mul", "image w", "logits"),
     ]
     constants = {
         "table": np.zeros((1, 1 << 18), dtype=np.float32),
@@ -736,7 +736,7 @@ def test_a_small_file_that_unpacks_to_terabytes() -> None:
 def test_a_long_chain_of_constants() -> None:
     names = ["c", *(f"c{i}" for i in range(5000))]
     chain = [node("Identity", a, b) for a, b in pairwise(names)]
-    built = model([*chain, node("Add", f"image {names[-1]}", "logits")], {"c": np.zeros(300)},
+    built = model([*chain, node("Mul", f"image {names[-1]}", "logits")], {"c": np.zeros(300)},
                   kind=TensorProto.DOUBLE, shape=("N", 300), output_kind=TensorProto.DOUBLE,
                   output_shape=None)  # fmt: skip
     assert found(built, "nothing") == []
