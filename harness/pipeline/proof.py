@@ -137,7 +137,8 @@ def prove(context: Context, variant: str, *, images: int, progress: Progress) ->
         images_attacked=len(attacked),
         attacked_by=attacked_by,
         agreement=agreement,
-        margins=margins,
+        # They are computed from the twin: of the file only as far as it is the twin.
+        margins=margins if agreement is not None and agreement.passed else (),
         problems=tuple(problems),
     )
 
