@@ -35,8 +35,16 @@ def zero_filters(graph: Graph) -> Iterator[Finding]:
         middle = np.array(0) if zero is None else zero.reshape(-1, 1)
         if len(middle.shape) == 2 and len(middle) not in (1, len(rows)):
             continue
-        dead = int((rows == middle).all(axis=1).sum())
-        if dead:
+        zeroed = (rows == middle).all(axis=1)
+        bias = (
+            graph.constant(node.input[2])
+            if node.op_type == "Conv" and len(node.input) > 2
+            else None
+        )
+        # One channel has to carry what zero filters emit: alone, it is not there to be cut.
+        emits = bias is not None and bias.size == len(rows) and bool(bias.reshape(-1)[zeroed].any())
+        dead = int(zeroed.sum())
+        if dead > emits:
             yield _masked(
                 graph, node, dead, values.shape, f"{dead:,} of {len(rows):,} filters are zero"
             )
@@ -137,15 +145,43 @@ def _masked(
     macs = params * prod(output[2:]) if output is not None else None
     numbers = {"filters": dead, "params": params} | ({} if macs is None else {"macs": macs})
     shown = "" if macs is None else f" and {macs:,} MACs an image"
+    cost = f"{what}: {params:,} parameters{shown} here, more in the layers that read them"
+    if _feeds_a_sum(graph, conv or node):
+        return Finding(
+            "masked_not_slim",
+            "info",
+            label(node),
+            cost,
+            "a residual sum needs these channels: they can go only where every layer that feeds the"
+            ' sum has the same ones at zero (`train.sfp_coupling = "stage"` trains so)',
+            numbers,
+        )
     return Finding(
         "masked_not_slim",
         "warning",
         label(node),
-        f"{what}: {params:,} parameters{shown} here, more in the layers that read them",
-        "cut them where no residual sum ties the channels; a zero filter still emits its bias, so"
-        " keep one constant channel for them (`harness export --model sfp` does)",
+        cost,
+        "cut them from this layer and from what reads it; a zero filter still emits its bias, so"
+        " keep one constant channel for them",
         numbers,
     )
+
+
+def _feeds_a_sum(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a layer's channels are added to another layer's, as they are."""
+    waiting, seen = [node.output[0]], set[str]()
+    while waiting:
+        tensor = waiting.pop()
+        if tensor in seen:
+            continue
+        seen.add(tensor)
+        for consumer in graph.consumers(tensor):
+            if not is_elementwise(consumer):
+                continue
+            if sum(graph.is_dynamic(name) for name in consumer.input) > 1:
+                return True
+            waiting.append(consumer.output[0])
+    return False
 
 
 def _silent_channels(mask: Array, masked: tuple[int, ...] | None) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.progress import duration
+from harness.cli.stdout import StdoutConsole
 
 if TYPE_CHECKING:
     from harness.pipeline.context import Context
@@ -52,7 +52,7 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
     table.add_section()
     device = context.accelerator.type
     table.add_row("all", "", "", f"about {duration(total)} on this {device}")
-    Console().print(table)
+    StdoutConsole().print(table)
 
 
 def _names(tasks: Sequence[Task]) -> str:

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from harness.cli.stdout import StdoutConsole
 
 if TYPE_CHECKING:
     from harness.pipeline.proof import Proof
@@ -75,7 +76,7 @@ def _print_layers(proof: Proof) -> None:
         differ = "" if layer.mismatches is None else f"{layer.mismatches:,}"
         error = "" if layer.relative_error is None else f"{layer.relative_error:.1e}"
         table.add_row(layer.layer, f"{layer.compared:,}", differ, error)
-    console = Console()
+    console = StdoutConsole()
     console.print(table)
     if not proof.margins:
         return

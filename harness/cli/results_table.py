@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.cli.stdout import StdoutConsole
 from harness.records import ResultRow, source_label
 
 
@@ -40,9 +40,9 @@ def print_results(rows: Sequence[ResultRow]) -> None:
             "" if row.macs is None else f"{row.macs / 1e6:.1f}",
         )
     # Piped, a table must not be cut to an 80-column terminal that is not there.
-    console = Console()
+    console = StdoutConsole()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = StdoutConsole(width=200)
     console.print(table)
 
 

@@ -114,10 +114,11 @@ def test_without_a_command_it_shows_the_commands(tmp_path: Path) -> None:
     assert "Traceback" not in outcome.err
 
 
-def test_the_reader_of_stdout_may_leave(workspace: Path) -> None:
-    """`harness results --json | head -1`."""
+@pytest.mark.parametrize(("option", "first"), [(["--json"], b"[\n"), ([], b"model ")])
+def test_the_reader_of_stdout_may_leave(option: list[str], first: bytes, workspace: Path) -> None:
+    """`harness results | head -1`, as JSON and as a table."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness", "results", "--json"],
+        [sys.executable, "-m", "harness", "results", *option],
         cwd=workspace,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -125,7 +126,7 @@ def test_the_reader_of_stdout_may_leave(workspace: Path) -> None:
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    assert process.stdout.readline() == b"[\n"
+    assert process.stdout.readline().startswith(first)
     process.stdout.close()
     said = process.stderr.read()
     process.stderr.close()

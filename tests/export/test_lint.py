@@ -374,6 +374,35 @@ def test_zero_filters() -> None:
     assert not found(model([conv], {"w": weight}, kind=FLOAT, output_shape=None), "masked_not_slim")
 
 
+@pytest.mark.parametrize(("bias", "seen"), [(0.0, True), (0.5, False)])
+def test_one_constant_channel_is_there_on_purpose(bias: float, seen: bool) -> None:
+    """What zero filters emit needs a channel: alone it cannot be cut, two of them can merge."""
+    weight = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    weight[4] = 0
+    conv = node("Conv", "image w b", "logits", pads=[1] * 4)
+    constants = {"w": weight, "b": np.full(8, bias, dtype=np.float32)}
+    built = model([conv], constants, kind=FLOAT, output_shape=None)
+    assert bool(found(built, "masked_not_slim")) is seen
+    weight[5] = 0
+    built = model([conv], constants, kind=FLOAT, output_shape=None)
+    assert one(built, "masked_not_slim").numbers["filters"] == 2
+
+
+def test_zero_filters_that_a_residual_sum_needs_are_a_note() -> None:
+    weight = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    weight[[1, 4]] = 0
+    skip = np.ones((8, 3, 1, 1), dtype=np.float32)
+    nodes = [
+        node("Conv", "image w", "y", pads=[1] * 4),
+        node("Conv", "image v", "x"),
+        node("Add", "y x", "logits"),
+    ]
+    built = model(nodes, {"w": weight, "v": skip}, kind=FLOAT, output_shape=None)
+    finding = one(built, "masked_not_slim")
+    assert finding.severity == "info"
+    assert "residual sum" in finding.remedy
+
+
 def test_a_quantised_zero_is_the_zero_point() -> None:
     weight = weights(4, 3, 3, 3, of=128, dtype=np.uint8)
     weight[0] = 3
