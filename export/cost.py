@@ -88,7 +88,7 @@ _OPAQUE = frozenset(
         "Scan",
     )
 )
-_EPILOGUE = frozenset(("Cast", "Round", "Mul", "Add"))
+_EPILOGUE = frozenset(("Cast", "Round", "Mul", "Add", "Reshape", "Transpose"))
 """What may stand between an operator without a bias input and the constants that rescale it."""
 
 

@@ -128,7 +128,7 @@ def export_model(
             "saturation": margins,
             "other_widths": widths,
             "packed": packed and margins is not None,
-            "float_kernels": sorted(n for n, form in (kernels or {}).items() if form == "float"),
+            "tuned_kernels": dict(kernels or {}),
         },
     )
 
@@ -219,13 +219,18 @@ def save_export(
         "checked_with": {"onnxruntime": agreement.runtime_version},
         NOMINAL_BITS: {layer["name"]: layer["bits_nominal"] for layer in cost.layers},
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = _as_text(manifest)
     manifest_path = out.with_suffix(".json")
     # Model first: interrupted in between, the old manifest no longer matches and is refused.
     write_atomic(out, content)
-    write_atomic(manifest_path, (text + "\n").encode())
+    write_atomic(manifest_path, text)
     loaded: dict[str, Any] = json.loads(text)  # exactly what a later reader will see
     return Exported(out, manifest_path, sha256, cost, agreement, slimming, loaded)
+
+
+def _as_text(manifest: Mapping[str, Any]) -> bytes:
+    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def _check_classes(
@@ -266,6 +271,23 @@ def load_manifest(path: Path) -> dict[str, Any]:
     if sha256 != manifest["sha256"]:
         raise HarnessError(f"{model_path} is not the file that {manifest_path} describes: {again}")
     return manifest
+
+
+def add_memory(path: Path, *, load_bytes: int | None, peak_bytes: int | None, runtime: str) -> None:
+    """State in the manifest what running the file takes: the cost card's measured part.
+
+    Args:
+        path: the .onnx file.
+        load_bytes: resident memory of a process of its own, with the model loaded.
+        peak_bytes: its highest resident memory up to the first inference, batch 1.
+        runtime: version of onnxruntime it was measured with.
+
+    Raises:
+        HarnessError: the manifest cannot be read or written.
+    """
+    manifest = load_manifest(path)
+    memory = {"rss_load_bytes": load_bytes, "rss_peak_bytes": peak_bytes, "onnxruntime": runtime}
+    write_atomic(path.with_suffix(".json"), _as_text({**manifest, "memory": memory}))
 
 
 def manifest_cost(manifest: Mapping[str, Any]) -> CostCard:

@@ -22,7 +22,12 @@ from export.integer_layers import (
     convolved,
     same_quantiser,
 )
-from harness.models.integer import IntegerResNet, RequantisedConv
+from harness.models.integer import (
+    IntegerBlock,
+    IntegerResNet,
+    RequantisedConv,
+    RescaledConv,
+)
 
 _LAST_LAYER_BITS = (8, 32)
 
@@ -53,7 +58,7 @@ def integer_graph(
         image_shape: (C, H, W).
         metadata: written into the file.
         packed: store hidden weights several to a code (`export.packing`), else one to a byte.
-        kernels: layer name (`blocks.3.conv1`) -> its form; what is not named is integer.
+        kernels: layer name (`blocks.3.conv1`) -> its form; what is not named is `default_form`.
 
     Raises:
         ValueError: `metadata` uses a reserved key, or the mean is not in whole pixel units.
@@ -139,17 +144,26 @@ def layer_shapes(
     return shapes
 
 
+def layer_named(model: IntegerResNet, name: str) -> RequantisedConv | RescaledConv:
+    """The hidden convolution that the file calls `name` (`blocks.3.conv1`)."""
+    layer: RequantisedConv | RescaledConv = getattr(_block_of(model, name), name.split(".")[2])
+    return layer
+
+
+def _block_of(model: IntegerResNet, name: str) -> IntegerBlock:
+    return list(model.blocks())[int(name.split(".")[1])]
+
+
 def layer_graph(
     model: IntegerResNet, name: str, shape: LayerShape, kernel: Kernel
 ) -> onnx.ModelProto:
     """One hidden convolution alone, after a quantiser, as a model of its own: for timing it."""
-    index, part = name.split(".")[1:]
-    block = list(model.blocks())[int(index)]
+    block = _block_of(model, name)
     graph = GraphBuilder(shape.input)
     writer = IntegerWriter(graph, model.bits, packed=False, kernels={name: kernel})
     centred = graph.centred_image(np.zeros((1, 1, 1, 1), dtype=np.float32))
     levels = writer.quantise(block.quantise, Features(centred, *shape.input), "input")
-    layer = getattr(block, part)
+    layer = layer_named(model, name)
     if isinstance(layer, RequantisedConv):
         hidden = writer.as_read_by(writer.requantised(layer, levels, name), kernel)
         output = graph.node("Cast", [hidden], "hidden.float", to=TensorProto.FLOAT)

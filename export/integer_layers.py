@@ -8,9 +8,11 @@ A quantiser is Sub(quarter unit), QuantizeLinear(half unit) - the "codes" - and 
 the "levels". The table is read by GatherElements on the flattened tensor, six times faster than
 Gather (FACTS E).
 
-Every hidden convolution has two exact forms: an integer kernel (QLinearConv or ConvInteger), and a
-float convolution over the same whole numbers, whose sums stay below 2^24. Which is faster depends
-on shape and processor, so it is chosen by measurement (`export.tuning`).
+Every hidden convolution has several exact forms: the integer convolution (QLinearConv or
+ConvInteger); where the result is float, an integer matrix product over gathered patches, because
+the runtime's ConvInteger has no u8 x s8 kernel and its matrix product has; and a float convolution
+over the same whole numbers, whose sums stay below 2^24. Which is fastest depends on shape and
+processor, so it is chosen by measurement (`export.tuning`).
 """
 
 from __future__ import annotations
@@ -39,8 +41,24 @@ _UINT8_MIDDLE = 128
 """ConvInteger is seven times slower on int8 weights than on uint8 with this zero point."""
 
 
-Kernel = Literal["integer", "float"]
-"""The form a hidden convolution takes in the file; both compute the same whole numbers."""
+Kernel = Literal["integer", "matmul", "float"]
+"""The form a hidden convolution takes in the file; all compute the same whole numbers."""
+_MATMUL_CHANNELS = 32
+"""Unmeasured, fewer input channels go to ConvInteger: gathering short runs of bytes costs more than
+the faster product saves (docs/adr/0006)."""
+
+
+def forms_of(layer: RequantisedConv | RescaledConv) -> tuple[Kernel, ...]:
+    """The forms this layer can take."""
+    if isinstance(layer, RequantisedConv):
+        return ("integer", "float")
+    return ("integer", "matmul", "float")
+
+
+def default_form(layer: RequantisedConv | RescaledConv) -> Kernel:
+    """The form it takes where nothing was measured."""
+    wide = layer.conv.weight.shape[1] >= _MATMUL_CHANNELS
+    return "matmul" if wide and "matmul" in forms_of(layer) else "integer"
 
 
 class Features(NamedTuple):
@@ -61,7 +79,7 @@ class Levels:
     table: LevelTable
     index: str
     """The flat int32 codes that the table is read at."""
-    written: dict[Kernel, str] = field(default_factory=dict)
+    written: dict[Literal["uint8", "float"], str] = field(default_factory=dict)
 
 
 class IntegerWriter:
@@ -125,27 +143,26 @@ class IntegerWriter:
 
     def as_read_by(self, levels: Levels, kernel: Kernel) -> str:
         """The tensor of integer activations that a convolution of this form reads."""
-        if kernel in levels.written:
-            return levels.written[kernel]
+        dtype: Literal["uint8", "float"] = "float" if kernel == "float" else "uint8"
+        if dtype in levels.written:
+            return levels.written[dtype]
         graph, table = self.graph, levels.table
         name = f"{levels.name}.levels"
-        if levels.written:  # in the other type: both forms read this tensor
+        if levels.written:  # in the other type: forms of both read this tensor
             (other,) = levels.written.values()
-            to = TensorProto.FLOAT if kernel == "float" else TensorProto.UINT8
-            tensor = graph.node("Cast", [other], f"{name}.{kernel}", to=to)
+            to = TensorProto.FLOAT if dtype == "float" else TensorProto.UINT8
+            tensor = graph.node("Cast", [other], f"{name}.{dtype}", to=to)
         else:
-            dtype = np.float32 if kernel == "float" else np.uint8
             entries = graph.constant(
-                f"levels.{table.bits}bit.{kernel}", as_array(table.table).astype(dtype)
+                f"levels.{table.bits}bit.{dtype}",
+                as_array(table.table).astype(np.float32 if dtype == "float" else np.uint8),
             )
             # The shape comes back from constants: only N is dynamic.
-            dims = levels.shape[1:]
-            shape = "shape." + "x".join(str(dim) for dim in dims)
-            graph.constant(shape, np.array([-1, *dims], dtype=np.int64))
+            shape = self._shape(*levels.shape[1:])
             inputs = [entries, levels.index]
             found = graph.node("GatherElements", inputs, f"{levels.name}.looked_up", axis=0)
             tensor = graph.node("Reshape", [found, shape], name)
-        levels.written[kernel] = tensor
+        levels.written[dtype] = tensor
         return tensor
 
     def requantised(self, layer: RequantisedConv, x: Levels, name: str) -> Levels:
@@ -153,7 +170,7 @@ class IntegerWriter:
         graph, output = self.graph, layer.output
         self.bits[name] = self._hidden_bits
         codes = f"{name}.codes"
-        kernel = self._kernels.get(name, "integer")
+        kernel = self._kernels.get(name) or default_form(layer)
         activations = self.as_read_by(x, kernel)
         if kernel == "float":
             sums = self._float_sums(layer.conv, activations, name)
@@ -188,21 +205,67 @@ class IntegerWriter:
         """Levels -> float: exact sums, then one scale and one shift per channel."""
         graph = self.graph
         self.bits[name] = self._hidden_bits
-        kernel = self._kernels.get(name, "integer")
+        kernel = self._kernels.get(name) or default_form(layer)
         activations = self.as_read_by(x, kernel)
+        shape = convolved("", x.shape, layer.conv)
         if kernel == "float":
             sums = self._float_sums(layer.conv, activations, name)
         else:
-            weight = (layer.conv.weight_int8().astype(np.int16) + _UINT8_MIDDLE).astype(np.uint8)
-            inputs = [
-                activations,
-                self._weight(f"{name}.weight", weight),
-                self._zero(),
-                graph.constant("middle.uint8", np.array(_UINT8_MIDDLE, dtype=np.uint8)),
+            whole = (
+                self._product_sums(layer.conv, x.shape._replace(tensor=activations), shape, name)
+                if kernel == "matmul"
+                else self._integer_sums(layer.conv, activations, name)
+            )
+            sums = graph.node("Cast", [whole], f"{name}.float", to=TensorProto.FLOAT)
+        return shape._replace(tensor=self._rescale(layer, sums, name))
+
+    def _integer_sums(self, conv: IntegerConv, activations: str, name: str) -> str:
+        weight = (conv.weight_int8().astype(np.int16) + _UINT8_MIDDLE).astype(np.uint8)
+        inputs = [
+            activations,
+            self._weight(f"{name}.weight", weight),
+            self._zero(),
+            self.graph.constant("middle.uint8", np.array(_UINT8_MIDDLE, dtype=np.uint8)),
+        ]
+        return self.graph.node("ConvInteger", inputs, name, **_attributes(conv))
+
+    def _product_sums(self, conv: IntegerConv, x: Features, y: Features, name: str) -> str:
+        """Convolution as MatMulInteger: every output pixel's patch is a row, channels innermost."""
+        graph = self.graph
+        _, channels, size, _ = conv.weight.shape
+        rows = graph.node("Transpose", [x.tensor], f"{name}.channels_last", perm=[0, 2, 3, 1])
+        if conv.padding:
+            pads = [0, conv.padding, conv.padding, 0] * 2
+            around = graph.constant(f"pads.{conv.padding}", np.array(pads, dtype=np.int64))
+            rows = graph.node("Pad", [rows, around, self._zero()], f"{name}.padded")
+        # Column by column, then row by row: the second pass copies runs `size` times as long.
+        rows = self._shifted(rows, axis=2, size=size, stride=conv.stride, count=y.width, name=name)
+        rows = self._shifted(rows, axis=1, size=size, stride=conv.stride, count=y.height, name=name)
+        patches = graph.node(
+            "Reshape", [rows, self._shape(size * size * channels)], f"{name}.patches"
+        )
+        weight = conv.weight_int8().transpose(2, 3, 1, 0).reshape(-1, y.channels)
+        stored = self._weight(f"{name}.weight", np.ascontiguousarray(weight))
+        sums = graph.node("MatMulInteger", [patches, stored], name)
+        shape = self._shape(y.height, y.width, y.channels)
+        sums = graph.node("Reshape", [sums, shape], f"{name}.pixels")
+        return graph.node("Transpose", [sums], f"{name}.channels_first", perm=[0, 3, 1, 2])
+
+    def _shifted(
+        self, tensor: str, *, axis: int, size: int, stride: int, count: int, name: str
+    ) -> str:
+        """What each of `size` kernel positions meets along `axis`, side by side as channels."""
+        if size == stride == 1:
+            return tensor
+        graph, side = self.graph, f"{name}.{('rows', 'columns')[axis - 1]}"
+        parts = []
+        for first in range(size):
+            bounds = [
+                graph.constant(f"slice.{value}", np.array([value], dtype=np.int64))
+                for value in (first, first + stride * (count - 1) + 1, axis, stride)
             ]
-            sums = graph.node("ConvInteger", inputs, name, **_attributes(layer.conv))
-            sums = graph.node("Cast", [sums], f"{name}.float", to=TensorProto.FLOAT)
-        return convolved(self._rescale(layer, sums, name), x.shape, layer.conv)
+            parts.append(graph.node("Slice", [tensor, *bounds], f"{side}.{first}"))
+        return parts[0] if size == 1 else graph.node("Concat", parts, side, axis=3)
 
     def _float_sums(self, conv: IntegerConv, activations: str, name: str) -> str:
         """Float convolution of whole numbers: exact while sums stay below 2^24."""
@@ -219,6 +282,11 @@ class IntegerWriter:
         shift = graph.constant(f"{name}.shift", as_array(layer.shift))
         scaled = graph.node("Mul", [sums, scale], f"{name}.scaled")
         return graph.node("Add", [scaled, shift], f"{name}.shifted")
+
+    def _shape(self, *dims: int) -> str:
+        """A constant [-1, *dims]: only N is dynamic."""
+        name = "shape.Nx" + "x".join(map(str, dims))
+        return self.graph.constant(name, np.array([-1, *dims], dtype=np.int64))
 
     def _zero(self) -> str:
         return self.graph.constant("zero.uint8", np.array(0, dtype=np.uint8))

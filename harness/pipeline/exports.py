@@ -12,8 +12,9 @@ from typing import Any
 
 import onnxruntime
 
+from devices.local import LocalDevice
 from export.cost import cost_card, uncounted_operators
-from export.exporter import Exported, export_model, load_manifest, manifest_cost
+from export.exporter import Exported, add_memory, export_model, load_manifest, manifest_cost
 from export.integer_layers import Kernel
 from export.static_int8 import export_static_int8
 from harness.artefacts import cache_key
@@ -41,7 +42,7 @@ from harness.records import (
     trained_for,
 )
 
-VERSION = 3
+VERSION = 4
 DERIVED_EXPORTS: dict[str, Callable[..., Exported]] = {"int8": export_static_int8}
 """Method of a derived model -> what makes its file of the folded and the trained parent."""
 EXPORT_FORWARDS = 1500.0
@@ -89,11 +90,8 @@ def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
 
 
 def _kernels(context: Context, variant: Variant, *, compat: bool) -> dict[str, Kernel]:
-    """The measured choice of kernels, of layers that are not of the default form."""
-    if compat or variant.method != "apot":
-        return {}
-    chosen = chosen_kernels(context, variant)
-    return {layer: kernel for layer, kernel in chosen.items() if kernel != "integer"}
+    """The measured choice of kernels; empty where nothing was measured."""
+    return {} if compat or variant.method != "apot" else chosen_kernels(context, variant)
 
 
 def _path(context: Context, variant: Variant | Derived, *, compat: bool) -> Path:
@@ -119,6 +117,8 @@ def valid_export(
     metadata = manifest["metadata"]
     checkpoint_sha256 = context.sha256(context.workspace.checkpoint(trained.name))
     if metadata.get("key") != export_key(context, variant, compat=compat):
+        return None
+    if "memory" not in manifest:  # killed before the last line of the cost card
         return None
     if metadata.get("checkpoint_sha256") != checkpoint_sha256:
         return None
@@ -176,7 +176,23 @@ def _export(
             kernels=_kernels(context, variant, compat=compat),
             **request,
         )
+    progress(0.9, "memory")
+    _measure_memory(context, request["out"])
     progress(1.0, "")
+
+
+def _measure_memory(context: Context, path: Path) -> None:
+    """Load and run the file once in a process of its own."""
+    with LocalDevice().open() as session:
+        loaded = session.load(path, threads=1)
+        session.set_images(context.data.calibration.images[:1])
+        once = session.measure(warmup_runs=0, warmup_seconds=0, min_runs=1, min_seconds=0)
+        add_memory(
+            path,
+            load_bytes=loaded.rss_load_bytes,
+            peak_bytes=once.rss_peak_bytes,
+            runtime=session.machine.runtime_version,
+        )
 
 
 def model_record(context: Context, name: str, path: Path) -> ModelRecord:

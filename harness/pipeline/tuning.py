@@ -1,18 +1,20 @@
-"""`harness export --tune`: measure both forms of every quantised layer here, keep the times.
+"""`harness export --tune`: measure every form of every quantised layer here, keep the times.
 
 Enters: checkpoints of quantised variants. Leaves: `cache/tuning.json`; exports after it take the
-faster form of each layer, and are rebuilt when the choice changes.
+fastest form of each layer, and are rebuilt when the choice changes.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import onnxruntime
 
 from export.integer_layers import Kernel
-from export.tuning import Timing, tune
+from export.tuning import Times, fastest, tune
 from harness.artefacts import write_atomic
 from harness.models.checkpoint import load_checkpoint
 from harness.models.integerise import integerise
@@ -20,7 +22,12 @@ from harness.pipeline.context import Context, processor_name
 from harness.pipeline.tasks import Progress, Task
 from harness.records import UsageError, Variant, variant_named
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_LABELS: dict[Kernel, str] = {
+    "integer": "integer convolutions",
+    "matmul": "integer matrix products",
+    "float": "float over whole numbers",
+}
 TUNE_FORWARDS = 3000.0
 """Rough cost of timing a variant's layers, in forward passes of one image."""
 
@@ -47,7 +54,7 @@ def tune_tasks(context: Context, names: list[str]) -> list[Task]:
 
 
 def chosen_kernels(context: Context, variant: Variant) -> dict[str, Kernel]:
-    """Layer name -> its faster form, of what was measured; empty where nothing was.
+    """Layer name -> its fastest form, of what was measured; empty where nothing was.
 
     Times of another processor, onnxruntime or width say nothing here and are not used.
 
@@ -57,7 +64,7 @@ def chosen_kernels(context: Context, variant: Variant) -> dict[str, Kernel]:
     measured = _load(context)["variants"].get(variant.name)
     if measured is None or measured["conditions"] != _conditions(context):
         return {}
-    return {layer: Timing(**times).faster for layer, times in measured["layers"].items()}
+    return {layer: fastest(times) for layer, times in measured["layers"].items()}
 
 
 def _conditions(context: Context) -> dict[str, Any]:
@@ -76,19 +83,22 @@ def _tune(context: Context, name: str, progress: Progress) -> None:
     content = _load(context)
     content["variants"][name] = {
         "conditions": _conditions(context),
-        "layers": {
-            layer: {"integer_ns": timing.integer_ns, "float_ns": timing.float_ns}
-            for layer, timing in timings.items()
-        },
+        "layers": {layer: dict(times) for layer, times in timings.items()},
     }
     text = json.dumps(content, indent=2, sort_keys=True)
     write_atomic(context.workspace.tuning, (text + "\n").encode())
-    floats = sum(timing.faster == "float" for timing in timings.values())
-    integer_ns = sum(timing.integer_ns for timing in timings.values())
-    fastest_ns = sum(min(t.integer_ns, t.float_ns) for t in timings.values())
-    context.reporter.note(
-        f"tune {name}: {floats} of {len(timings)} layers are faster as float over whole numbers; "
-        f"all layers {integer_ns / 1e6:.2f} ms integer, {fastest_ns / 1e6:.2f} ms as chosen"
+    context.reporter.note(f"tune {name}: {_summary(timings)}")
+
+
+def _summary(timings: Mapping[str, Times]) -> str:
+    chosen = Counter(fastest(times) for times in timings.values())
+    forms = ", ".join(f"{chosen[kernel]} {label}" for kernel, label in _LABELS.items())
+    integer_ns = sum(times["integer"] for times in timings.values())
+    fastest_ns = sum(min(times.values()) for times in timings.values())
+    return (
+        f"of {len(timings)} layers {forms}; "
+        f"all layers {integer_ns / 1e6:.2f} ms as integer convolutions,"
+        f" {fastest_ns / 1e6:.2f} ms as chosen"
     )
 
 
@@ -105,7 +115,8 @@ def _load(context: Context) -> dict[str, Any]:
             for times in measured["layers"].values():
                 if not all(isinstance(ns, int) for ns in times.values()):
                     raise TypeError("times must be whole nanoseconds")
-                Timing(**times)
+                if not times or not set(times) <= set(_LABELS):
+                    raise ValueError(f"forms are {', '.join(_LABELS)}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
             f"{path} is damaged ({error}): delete it, or measure again with harness export --tune"

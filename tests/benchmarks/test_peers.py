@@ -16,7 +16,9 @@ from __future__ import annotations
 import copy
 import io
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -36,10 +38,11 @@ from devices.local import LocalDevice
 from export.cost import cost_card
 from export.float_graph import float_graph
 from export.graph import serialise
-from export.integer_graph import integer_graph
+from export.integer_graph import integer_graph, layer_shapes
 from export.runtime import RunSettings, open_session, run
 from export.slim import slim
 from export.static_int8 import quantise
+from export.tuning import TIMED_RUNS, fastest, tune
 from export.verify import verify_integer
 from harness.compression.sfp import zero_weakest_filters
 from harness.config import preset_named
@@ -460,12 +463,20 @@ def test_latency_at_width_64(benchmark: BenchmarkFixture, say: Say) -> None:
     width = WIDE if benchmark.enabled else 16
     plain, zeroed = fold(wide(width)), fold(wide(width, keep=0.9))
     graph = float_graph(plain, image_shape=shape, metadata={})
+    network = integerise(wide(width, bits=4))
+    runs = TIMED_RUNS if benchmark.enabled else 1
+    tuned = {n: fastest(t) for n, t in tune(network, image_shape=shape, runs=runs).items()}
+    unproduct = dict.fromkeys(layer_shapes(network, image_shape=shape), "integer")
     files = {
         "unpruned fp32": serialise(graph),
         "SFP exact": float_file(slim(zeroed)[0], shape),
         "SFP aligned to 8": float_file(slim(zeroed, align=8)[0], shape),
-        "Q4 integer": serialise(
-            integer_graph(integerise(wide(width, bits=4)), image_shape=shape, metadata={})
+        "Q4, nothing measured": serialise(integer_graph(network, image_shape=shape, metadata={})),
+        "Q4 as tuned": serialise(
+            integer_graph(network, image_shape=shape, metadata={}, kernels=tuned)
+        ),
+        "Q4 all convolutions": serialise(
+            integer_graph(network, image_shape=shape, metadata={}, kernels=unproduct)
         ),
         "static int8": quantise(graph, images, metadata={}),
     }
@@ -476,3 +487,35 @@ def test_latency_at_width_64(benchmark: BenchmarkFixture, say: Say) -> None:
     }
     peers = {name: Peer(content, images[:1]) for name, content in files.items()}
     report(benchmark, say, peers, facts, base="unpruned fp32", pairs=WIDE_PAIRS)
+
+
+@pytest.mark.benchmark(group="peers")
+def test_latency_at_width_64_without_vnni(
+    benchmark: BenchmarkFixture, say: Say, tmp_path: Path
+) -> None:
+    """The same on the same processor, its AVX-512 and VNNI hidden from onnxruntime."""
+    if not benchmark.enabled:
+        pytest.skip("a benchmark only: it runs the one above in a process of its own")
+    if not re.search(r"\bcpuid_fault\b", Path("/proc/cpuinfo").read_text()):
+        pytest.skip("this processor or its hypervisor cannot make CPUID trap")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler: apt-get install gcc libc6-dev")
+    library = tmp_path / "avx2_only.so"
+    source = Path(__file__).with_name("avx2_only.c")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    inner = f"{__file__}::test_latency_at_width_64"
+    ran = subprocess.run(
+        # pytest's faulthandler would take the signal that the library lives by.
+        [sys.executable, "-m", "pytest", "-s", "-pno:faulthandler", inner, "--benchmark-enable"],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    say("as a processor with AVX2 and without VNNI:")
+    for line in ran.stdout.splitlines():
+        if " x unpruned fp32" in line:
+            say(line)
+    benchmark.pedantic(lambda: None, rounds=1)

@@ -116,12 +116,13 @@ def test_tune_measures_and_exports_what_is_faster(run: Run, workspace: Path) -> 
     tuning = json.loads((workspace / "cache/tuning.json").read_text())
     layers = tuning["variants"]["q4"]["layers"]
     assert len(layers) == 19
-    floats = {name for name, t in layers.items() if t["float_ns"] < t["integer_ns"]}
+    fastest = {name: min(times, key=times.get) for name, times in layers.items()}
     manifest = json.loads((workspace / "cache/q4.json").read_text())
-    assert set(manifest["float_kernels"]) == floats
+    assert manifest["tuned_kernels"] == fastest
     model = onnx.load(workspace / "cache/q4.onnx")
-    convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
-    assert convolutions == {"stem"} | floats
+    for form, op in (("float", "Conv"), ("matmul", "MatMulInteger")):
+        found = {node.name for node in model.graph.node if node.op_type == op} - {"stem"}
+        assert found == {name for name, chosen in fastest.items() if chosen == form}
     # The choice stays: nothing is measured or exported again until asked for.
     before = artefacts(workspace)
     succeeded(run("export", "--all", cwd=workspace))
@@ -133,7 +134,7 @@ def test_a_measured_choice_decides_the_file(run: Run, workspace: Path, tiny: Tin
     path = workspace / "cache" / "tuning.json"
     succeeded(run("export", "--model", "q4", "--tune", cwd=workspace))
     measured = json.loads(path.read_text())
-    measured["variants"]["q4"]["layers"] = {"blocks.0.conv1": {"integer_ns": 2, "float_ns": 1}}
+    measured["variants"]["q4"]["layers"] = {"blocks.0.conv1": {"integer": 2, "float": 1}}
     path.write_text(json.dumps(measured))
     succeeded(run("export", "--all", cwd=workspace))
     changed = written(contents_only(artefacts(tiny.root)), contents_only(artefacts(workspace)))
@@ -150,7 +151,9 @@ def test_a_measured_choice_decides_the_file(run: Run, workspace: Path, tiny: Tin
     assert "tuning.json is damaged" in outcome.err
     path.unlink()
     succeeded(run("export", "--all", cwd=workspace))
-    assert contents(artefacts(workspace)) == contents(artefacts(tiny.root))
+    again, first = contents(artefacts(workspace)), contents(artefacts(tiny.root))
+    # The manifest differs in what was measured: memory.
+    assert {name for name in first if again[name] != first[name]} <= {"q4.json"}
 
 
 def contents_only(state: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:

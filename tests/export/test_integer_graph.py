@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from export.cost import cost_card
 from export.graph import serialise
 from export.integer_graph import exposed_layers, integer_graph
+from export.integer_layers import Kernel
 from export.runtime import RunSettings, open_session, run
 from export.verify import verify_integer
 from harness.models.integer import IntegerResNet, LevelTable
@@ -88,7 +89,7 @@ def test_one_different_weight_level_is_seen(bits: int) -> None:
 def test_a_wrong_table_is_seen_even_in_the_last_layer() -> None:
     model = twin(4)
     graph = built(model)
-    (table,) = (entry for entry in graph.graph.initializer if entry.name == "levels.4bit.integer")
+    (table,) = (entry for entry in graph.graph.initializer if entry.name == "levels.4bit.uint8")
     levels = numpy_helper.to_array(table).copy()
     levels[np.searchsorted(levels, 9)] = 8  # the cell just above a midpoint rounds down
     table.CopyFrom(numpy_helper.from_array(levels, table.name))
@@ -99,7 +100,8 @@ def test_operators_are_explicit_integers() -> None:
     graph = integer_graph(twin(4), image_shape=IMAGE_SHAPE, metadata={}, packed=False)
     counts = Counter(node.op_type for node in graph.graph.node)
     assert counts["QLinearConv"] == 8
-    assert counts["ConvInteger"] == 8 + 3
+    assert counts["ConvInteger"] == 6 + 3
+    assert counts["MatMulInteger"] == 2  # the last stage's second convolutions: 32 inputs
     assert counts["Conv"] == 1  # the stem, over whole numbers
     assert counts["DequantizeLinear"] == 1  # the last layer's weights
     assert counts["QuantizeLinear"] == 8 + 3
@@ -114,7 +116,7 @@ def test_no_weight_takes_more_than_eight_bits_and_tables_are_stored_once() -> No
         if value.squeeze().ndim > 1:
             assert value.dtype.itemsize == 1, tensor.name
     tables = [t.name for t in graph.initializer if t.data_type == 2 and list(t.dims) == [256]]
-    assert tables == ["levels.3bit.integer"]
+    assert tables == ["levels.3bit.uint8"]
 
 
 def test_a_shortcut_with_the_same_clip_shares_its_quantiser() -> None:
@@ -165,18 +167,31 @@ def every_layer() -> list[str]:
     return names + [f"blocks.{i}.shortcut" for i in shortcuts]
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.sampled_from(BITS), st.sets(st.sampled_from(every_layer())), st.booleans())
+def chosen_forms() -> st.SearchStrategy[dict[str, str]]:
+    products = [name for name in every_layer() if not name.endswith("conv1")]
+    anywhere = st.dictionaries(
+        st.sampled_from(every_layer()), st.sampled_from(["integer", "float"])
+    )
+    return st.builds(
+        lambda some, more: {**some, **dict.fromkeys(more, "matmul")},
+        anywhere,
+        st.sets(st.sampled_from(products)),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(BITS), chosen_forms(), st.booleans())
 def test_any_choice_of_kernels_gives_the_twins_codes(
-    bits: int, floats: set[str], optimise: bool
+    bits: int, kernels: dict[str, Kernel], optimise: bool
 ) -> None:
     """Onnxruntime fuses a convolution with what follows; the sums must stay whole all the same."""
     model = twin(bits, awkward=True)
-    graph = integer_graph(
-        model, image_shape=IMAGE_SHAPE, metadata={}, kernels=dict.fromkeys(floats, "float")
-    )
+    graph = integer_graph(model, image_shape=IMAGE_SHAPE, metadata={}, kernels=kernels)
     counts = Counter(node.op_type for node in graph.graph.node)
-    assert counts["Conv"] == 1 + len(floats)
+    forms = Counter(kernels.values())
+    assert counts["Conv"] == 1 + forms["float"]
+    unnamed = {"blocks.6.conv2", "blocks.7.conv2"} - kernels.keys()
+    assert counts["MatMulInteger"] == forms["matmul"] + len(unnamed)
     agreement = verify_integer(
         serialise(graph), model, PIXELS[:16], settings=[RunSettings(optimise=optimise)]
     )

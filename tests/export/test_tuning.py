@@ -7,9 +7,10 @@ import pytest
 from export_cases import IMAGE_SHAPE, twin
 
 from export.graph import serialise
-from export.integer_graph import layer_graph, layer_shapes
+from export.integer_graph import layer_graph, layer_named, layer_shapes
+from export.integer_layers import default_form, forms_of
 from export.runtime import RunSettings, open_session, run
-from export.tuning import Timing, tune
+from export.tuning import fastest, tune
 
 
 def test_layers_and_shapes_by_hand() -> None:
@@ -24,15 +25,18 @@ def test_layers_and_shapes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_both_forms_of_a_layer_alone_give_the_same_numbers(bits: int) -> None:
+def test_every_form_of_a_layer_alone_give_the_same_numbers(bits: int) -> None:
     model = twin(bits)
     for name, shape in layer_shapes(model, image_shape=IMAGE_SHAPE).items():
         pixels = np.random.default_rng(1).integers(0, 256, (3, *shape.input), dtype=np.uint8)
-        one, other = (
+        forms = forms_of(layer_named(model, name))
+        assert ("matmul" in forms) == (shape.kind == "rescaled")
+        one, *others = (
             run(open_session(serialise(layer_graph(model, name, shape, kernel))), pixels)
-            for kernel in ("integer", "float")
+            for kernel in forms
         )
-        np.testing.assert_array_equal(one, other)
+        for other in others:
+            np.testing.assert_array_equal(one, other)
         assert np.abs(one).max() > 0
 
 
@@ -43,15 +47,25 @@ def test_tuning_times_every_layer_and_each_shape_once() -> None:
     )
     shapes = layer_shapes(model, image_shape=IMAGE_SHAPE)
     assert timings.keys() == shapes.keys()
-    assert all(t.integer_ns > 0 and t.float_ns > 0 for t in timings.values())
+    assert timings["blocks.0.conv1"].keys() == {"integer", "float"}
+    assert timings["blocks.0.conv2"].keys() == {"integer", "matmul", "float"}
+    assert all(ns > 0 for times in timings.values() for ns in times.values())
     assert len(told) == len(set(shapes.values())) < len(shapes)
     assert timings["blocks.0.conv1"] == timings["blocks.1.conv1"]
 
 
-def test_the_faster_form_is_taken() -> None:
-    assert Timing(integer_ns=10, float_ns=9).faster == "float"
-    assert Timing(integer_ns=9, float_ns=10).faster == "integer"
-    assert Timing(integer_ns=9, float_ns=9).faster == "integer"
+def test_the_fastest_form_is_taken() -> None:
+    assert fastest({"integer": 10, "float": 9}) == "float"
+    assert fastest({"integer": 9, "matmul": 8, "float": 10}) == "matmul"
+    assert fastest({"integer": 9, "matmul": 9, "float": 9}) == "integer"
+
+
+def test_unmeasured_only_wide_layers_become_products() -> None:
+    """Stages of 4, 8, 16, 32 channels: the last has the only inputs of 32."""
+    model = twin(2)
+    shapes = layer_shapes(model, image_shape=IMAGE_SHAPE)
+    products = {n for n in shapes if default_form(layer_named(model, n)) == "matmul"}
+    assert products == {"blocks.6.conv2", "blocks.7.conv2"}
 
 
 def test_a_session_of_one_layer_takes_any_batch() -> None:
