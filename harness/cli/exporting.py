@@ -19,7 +19,7 @@ from harness.cli.options import (
     make_context,
     workspace_option,
 )
-from harness.records import UsageError
+from harness.records import HarnessError, UsageError
 
 if TYPE_CHECKING:
     from harness.pipeline.context import Context
@@ -149,19 +149,28 @@ def _verify(
 
 
 def _check(paths: tuple[Path, ...], *, as_json: bool) -> None:
-    """Print the findings of ONNX files; exit with 1 when one is an error."""
+    """Print the findings of ONNX files; exit with 1 when one is an error or cannot be read."""
     import json
     from dataclasses import asdict
 
     from export.lint import lint_file
     from harness.cli.findings_list import findings_lines
 
-    found = [(str(path), lint_file(path)) for path in paths]
+    found, unread = [], []
+    for path in paths:
+        try:
+            found.append((str(path), lint_file(path)))
+        except HarnessError as error:  # the others are checked all the same
+            unread.append(error)
     if as_json:
         rows = [{"file": name, **asdict(f)} for name, findings in found for f in findings]
         click.echo(json.dumps(rows, indent=2))
     else:
         for name, findings in found:
             click.echo("\n".join(findings_lines(name, findings)))
+    if unread:
+        for error in unread[:-1]:
+            click.echo(f"error: {error}", err=True)
+        raise unread[-1]
     if any(finding.severity == "error" for _, findings in found for finding in findings):
         click.get_current_context().exit(1)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> None:
     """Print every task with its state; builds nothing."""
-    from harness.pipeline.estimate import seconds_per_forward
+    from harness.pipeline.context import jobs_for
+    from harness.pipeline.estimate import elapsed_work, seconds_per_forward
 
     per_forward = seconds_per_forward(context)
+    jobs = jobs_for(context.accelerator)
     states = [(task, task.is_done()) for task in tasks]
     if as_json:
         rows = [
@@ -41,7 +43,7 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
     for stage in dict.fromkeys(task.stage for task in tasks):
         of_stage = [(task, done) for task, done in states if task.stage == stage]
         missing = [task for task, done in of_stage if not done]
-        seconds = sum(task.work for task in missing) * per_forward
+        seconds = elapsed_work(missing, jobs=jobs) * per_forward
         total += seconds
         table.add_row(
             stage,

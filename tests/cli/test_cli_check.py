@@ -95,7 +95,8 @@ def test_what_cannot_be_checked_is_one_line(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     outcome = run("export", "--check", "bad.onnx", "--check", name, cwd=tmp_path)
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2
+    assert outcome.out.startswith("bad.onnx: 1 error")
     assert says in error_line(outcome)
 
 
@@ -172,3 +173,16 @@ def test_our_own_exports_have_no_errors(run: Run, workspace: Path) -> None:
         "unaligned_channels",
         "duplicate_initializers",
     }
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_others(run: Run, tmp_path: Path) -> None:
+    write_saturating(tmp_path / "theirs.onnx")
+    (tmp_path / "torn.onnx").write_bytes(b"torn")
+    outcome = run(
+        *("export", "--check", "torn.onnx", "--check", "gone.onnx", "--check", "theirs.onnx"),
+        cwd=tmp_path,
+    )
+    assert "saturation" in outcome.out
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert ["torn.onnx" in errors[0], "gone.onnx" in errors[1], len(errors)] == [True, True, 2]
+    assert outcome.code != 0

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.pipeline.estimate import elapsed_work
 from harness.pipeline.tasks import Progress, Silent, Task, run_tasks
 
 WAIT_SECONDS = 20.0
@@ -115,3 +116,19 @@ def test_a_failure_ends_the_others_and_is_what_the_user_sees(error: BaseExceptio
         run_tasks(tasks, Silent(), jobs=2)
     assert stopped.is_set()
     assert not unreached.is_set()
+
+
+def test_estimates_know_what_runs_side_by_side() -> None:
+    def idle(_progress: Progress) -> None: ...
+
+    first = task("full", idle, work=4.0)
+    others = [task(name, idle, work=2.0) for name in "abcd"]
+    alone = task("export", idle, work=1.0, beside=False)
+    assert elapsed_work([first, *others, alone], jobs=1) == 4 + 8 + 1
+    assert elapsed_work([first, *others, alone], jobs=2) == 12 / 2 + 1
+    assert elapsed_work([first, *others, alone], jobs=4) == 4 + 1  # the longest decides
+    waiting = [task(name, idle, work=2.0, after=("full",)) for name in "abcd"]
+    assert elapsed_work([first, *waiting], jobs=4) == 4 + 2
+    # What it waits for is there already: it waits for nothing.
+    assert elapsed_work(waiting, jobs=4) == 2
+    assert elapsed_work([], jobs=2) == 0
