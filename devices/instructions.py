@@ -1,8 +1,8 @@
 """How many ARM instructions one inference takes: counted by the emulator. Never a time.
 
-Enters: an emulated userland, ONNX files. Leaves: instructions per image at batch 1, one thread.
-The count repeats and ranks models on a processor that is not there; it knows nothing of caches,
-clocks or wide pipelines, so it is no latency and is never shown as one.
+Enters: an emulated board's python3, ONNX files. Leaves: instructions per image at batch 1, one
+thread. The count repeats and ranks models on a processor that is not there; it knows nothing of
+caches, clocks or wide pipelines, so it is no latency and is never shown as one.
 
 The emulator must load plugins, which statically linked builds (Debian 13's) cannot: the one this
 machine has installed, or Debian 12's, downloaded beside the userland.
@@ -53,14 +53,12 @@ class InstructionCounter:
         self._plugin = plugin
         self._libraries = libraries
 
-    def count(self, model: Path, *, root: Path, python: Sequence[str], cpu: str) -> int:
+    def count(self, model: Path, *, python: Sequence[str]) -> int:
         """Instructions of one inference of `model`, the median of three, nothing else in it.
 
         Args:
             model: an ONNX file of the harness's convention.
-            root: the emulated userland.
-            python: its interpreter, as paths and options after the emulator's own.
-            cpu: QEMU's name of the processor.
+            python: the command of the emulated board's python3: emulator, options, interpreter.
 
         Raises:
             UsageError: not a model that can be run.
@@ -68,8 +66,7 @@ class InstructionCounter:
         """
         shape = check_model_file(model).image_shape
         command = [
-            *(str(self._emulator), "-plugin", str(self._plugin), "-cpu", cpu, "-L", str(root)),
-            *python,
+            *(str(self._emulator), "-plugin", str(self._plugin), *python[1:], "-I", "-B"),
             *("-c", _GUEST, str(model.resolve()), str(COUNTED_RUNS), *map(str, shape)),
         ]
         ran = _run(command, timeout_s=COUNT_TIMEOUT_S, libraries=self._libraries)
@@ -182,7 +179,7 @@ def _run(
     # The guest inherits the environment: nothing of the host's Python, no host libraries.
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
     if libraries is not None:
-        environment |= {"LD_LIBRARY_PATH": str(libraries), "QEMU_UNSET_ENV": "LD_LIBRARY_PATH"}
+        environment["LD_LIBRARY_PATH"] = str(libraries)  # the emulator's; the guest has it unset
     try:
         return subprocess.run(  # noqa: S603 - an argument list of ours, no shell
             list(command),

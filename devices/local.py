@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices.conversation import REPLY_TIMEOUT_S
 from devices.process import ProcessTransport
-from devices.session import REPLY_TIMEOUT_S, DeviceSession, open_session
+from devices.session import DeviceSession, open_session
 
 RUNNER = Path(__file__).with_name("runner.py")
 
@@ -20,6 +21,7 @@ class LocalDevice:
     name: str = "local"
     emulated: bool = False
     reply_timeout_s: float = REPLY_TIMEOUT_S
+    default_budget_s: float | None = None
 
     def open(self) -> AbstractContextManager[DeviceSession]:
         """Start a fresh runner; it ends with the context."""

@@ -39,6 +39,8 @@ class ProcessTransport:
 
     def start(self) -> None:
         """Start the child in a session of its own: Ctrl-C is for this process to handle."""
+        self._readers, self._lines = [], queue.SimpleQueue()  # nothing of the child before
+        self._stderr.clear()
         environment = {k: os.environ[k] for k in PASSED_ENVIRONMENT if k in os.environ}
         try:
             self._process = subprocess.Popen(  # noqa: S603 - the command is ours; no shell
@@ -86,6 +88,10 @@ class ProcessTransport:
     def put(self, local: Path, *, sha256: str) -> str:  # noqa: ARG002 - nothing is copied here
         """The file where it is: the child shares this file system."""
         return str(local)
+
+    def discard(self, sha256: str) -> bool:  # noqa: ARG002 - nothing was copied
+        """Nothing to remove: the file is the workstation's own."""
+        return False
 
     def close(self, *, kill: bool = False) -> None:
         """End the child and leave no zombie, thread or open pipe behind."""

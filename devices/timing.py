@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from devices.model_file import check_model_file
 from devices.perturbation import Images, checked_images
@@ -74,6 +75,7 @@ def measure_latency(
     *,
     settings: LatencySettings,
     seed: int,
+    delta_255: npt.NDArray[np.integer] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[Machine, tuple[LatencyProcess, ...]]]:
     """Batch-1 latency of every model: one process at a time, in random order.
@@ -84,6 +86,8 @@ def measure_latency(
         images: uint8 [N, C, H, W]; at most `MAX_IMAGES` of them, drawn with `seed`, are used.
         settings: `QUICK`, `FULL`, or others.
         seed: of the order of the processes and of the draw of the images.
+        delta_255: integers [C, H, W] in 1/255 units; with it clean and attacked images take turns,
+            so that both meet the same machine. None: clean images only.
         on_progress: called with the number of processes done, of
             `settings.processes * len(models)`.
 
@@ -92,7 +96,7 @@ def measure_latency(
 
     Raises:
         UsageError: an emulated device, no model, a bad model file, or images that do not fit.
-        MeasurementInvalid: the machine was not the same in all processes.
+        MeasurementInvalid: the machine was not the same in all processes, or was rebooted.
     """
     if device.emulated:
         raise UsageError(f"{device.name} is emulated: it has predictions, but no latency")
@@ -102,6 +106,7 @@ def measure_latency(
     for model in models.values():  # before the first minute is spent
         check_model_file(model)
     machines: list[Machine] = []
+    boots: list[str | None] = []
     measured: dict[str, list[LatencyProcess]] = {name: [] for name in models}
     order = interleaved(models, processes=settings.processes, seed=seed)
     for done, name in enumerate(order, start=1):
@@ -113,8 +118,14 @@ def measure_latency(
                 warmup_seconds=settings.warmup_seconds,
                 min_runs=settings.min_runs,
                 min_seconds=settings.min_seconds,
+                delta_255=delta_255,
             )
             machines.append(session.machine)
+            boots.append(session.boot_id)
+        if boots[-1] != boots[0]:
+            raise MeasurementInvalid(
+                f"{device.name} was rebooted while it was measured: measure again"
+            )
         if machines[-1] != machines[0]:
             raise MeasurementInvalid(
                 f"{device.name} changed while it was measured: {machines[0]} became {machines[-1]}"

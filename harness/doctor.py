@@ -88,16 +88,27 @@ def _scikit_learn_data() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    from devices.registry import DEVICES, device_named
+    from devices.local import LocalDevice
+    from devices.profiles import own_settings, profiles, user_file
+    from devices.registry import how_it_runs
 
-    for name in sorted(DEVICES):
-        try:
-            with device_named(name).open() as session:
-                machine = session.machine
-            text = f"{machine.cpu}, {machine.arch}, onnxruntime {machine.runtime_version}"
-            yield Finding(f"device {name}", "ok", text)
-        except HarnessError as error:
-            yield Finding(f"device {name}", "problem", str(error))
+    try:
+        with LocalDevice().open() as session:
+            machine = session.machine
+        text = f"{machine.cpu}, {machine.arch}, onnxruntime {machine.runtime_version}"
+        yield Finding("device local", "ok", text)
+    except HarnessError as error:
+        yield Finding("device local", "problem", str(error))
+    try:
+        known, own = profiles(user_file()), own_settings(user_file())
+    except HarnessError as error:
+        yield Finding("devices", "problem", str(error))
+        return
+    for profile in known.values():
+        # Boards are not called, and nothing is set up, to diagnose this machine.
+        if profile.name in own or profile.emulated:
+            text = f"{how_it_runs(profile)}; try it: harness devices probe {profile.name}"
+            yield Finding(f"device {profile.name}", "note", text)
 
 
 def _folder(root: Path) -> Iterator[Finding]:

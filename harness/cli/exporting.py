@@ -22,6 +22,7 @@ from harness.cli.options import (
 from harness.records import HarnessError, UsageError
 
 if TYPE_CHECKING:
+    from export.lint_finding import Finding
     from harness.pipeline.context import Context
     from harness.pipeline.tasks import Task
 
@@ -156,7 +157,8 @@ def _check(paths: tuple[Path, ...], *, as_json: bool) -> None:
     from export.lint import lint_file
     from harness.cli.findings_list import findings_lines
 
-    found, unread = [], []
+    found: list[tuple[str, tuple[Finding, ...]]] = []
+    unread: list[HarnessError] = []
     for path in paths:
         try:
             found.append((str(path), lint_file(path)))
@@ -169,8 +171,8 @@ def _check(paths: tuple[Path, ...], *, as_json: bool) -> None:
         for name, findings in found:
             click.echo("\n".join(findings_lines(name, findings)))
     if unread:
-        for error in unread[:-1]:
-            click.echo(f"error: {error}", err=True)
+        for earlier in unread[:-1]:
+            click.echo(f"error: {earlier}", err=True)
         raise unread[-1]
     if any(finding.severity == "error" for _, findings in found for finding in findings):
         click.get_current_context().exit(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli import attack, build, experiment, exporting, inspect
+from harness.cli import attack, build, devices, experiment, exporting, inspect
 from harness.records import HarnessError
 
 INTERRUPTED = 130
@@ -63,7 +63,7 @@ for command in (
     build.craft,
     exporting.export,
     attack.attack_device,
-    attack.devices,
+    devices.devices,
     inspect.report,
     inspect.results,
     inspect.doctor,

@@ -46,9 +46,8 @@ def test_help(words: tuple[str, ...], command: click.Command, run: Run, tmp_path
     outcome = succeeded(run(*words, "--help", cwd=tmp_path))
     assert outcome.err == ""
     assert outcome.out.startswith(f"Usage: {' '.join(('harness', *words))} ")
-    if words not in {("devices", "list"), ("devices", "probe")}:  # the group has theirs
-        examples = outcome.out.partition("Examples:\n")[2]
-        assert "  harness " in examples
+    examples = outcome.out.partition("Examples:\n")[2]
+    assert "  harness " in examples
     for option in command.params:
         for name in option.opts if isinstance(option, click.Option) else ():
             assert name in outcome.out
@@ -263,15 +262,6 @@ def test_a_dry_run_builds_nothing_and_estimates(command: str, run: Run, empty: P
     assert tasks
     assert not any(task["cached"] for task in tasks)
     assert snapshot(empty) == before
-
-
-def test_devices(run: Run, tmp_path: Path) -> None:
-    assert json.loads(succeeded(run("devices", "list", "--json", cwd=tmp_path)).out) == ["local"]
-    assert succeeded(run("devices", "list", cwd=tmp_path)).out == "local\n"
-    facts = json.loads(succeeded(run("devices", "probe", "local", "--json", cwd=tmp_path)).out)
-    assert {"arch", "cpu", "cores", "os", "python", "runtime_version", "extra"} == facts.keys()
-    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert "runtime_version: " in succeeded(run("devices", "probe", "local", cwd=tmp_path)).out
 
 
 def test_what_commands_print_is_what_they_made(run: Run, workspace: Path) -> None:

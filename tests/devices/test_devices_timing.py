@@ -172,3 +172,16 @@ def test_a_machine_that_changes_is_refused(model, images) -> None:
 
     with pytest.raises(MeasurementInvalid, match="changed while"):
         measure_latency(Changing(), {"m": model.path}, images, settings=TINY, seed=0)
+
+
+def test_a_perturbation_reaches_every_process(model, images, delta_255) -> None:
+    measured = measure_latency(
+        LocalDevice(), {"a": model.path}, images, settings=TINY, seed=0, delta_255=delta_255
+    )
+    _, processes = measured["a"]
+    assert [len(process.samples_ns) >= TINY.min_runs for process in processes] == [True, True]
+    too_tall = np.zeros((3, 9, 8), dtype=np.int16)
+    with pytest.raises(UsageError, match="9"):
+        measure_latency(
+            LocalDevice(), {"a": model.path}, images, settings=TINY, seed=0, delta_255=too_tall
+        )
