@@ -237,7 +237,7 @@ class UapRecord:
 
 @dataclass(frozen=True)
 class PredictionRun:
-    """Every prediction of one model on one evaluation set, clean or under one UAP."""
+    """Predictions of one model on an evaluation set or a sample of it, clean or under one UAP."""
 
     model_sha256: str
     evaluation_sha256: str
@@ -248,6 +248,9 @@ class PredictionRun:
     machine: Machine
     predictions: tuple[int, ...]
     seconds: float
+    indices: tuple[int, ...] | None = None
+    """Positions in the evaluation set that the predictions are of; None for all, in order. Runs
+    of one measurement add up: a sample grows run by run (`harness.sampling.merged`)."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,9 @@ class ResultRow:
     target: int | None
     evaluation_sha256: str
     n: int
+    """Images evaluated. Every rate of a row, and what it is compared with, is of these images."""
+    n_of: int
+    """Images of the evaluation set: the row is a sample where n is smaller."""
     clean_accuracy: float | None
     clean_accuracy_low: float | None
     clean_accuracy_high: float | None
@@ -315,6 +321,7 @@ class ResultRow:
     uer_low: float | None
     uer_high: float | None
     uer_corrected: float | None
+    """Of a sample: the UER estimated for the whole set (`metrics.corrected_uer`)."""
     uer_corrected_low: float | None
     uer_corrected_high: float | None
     evasion_on_correct: float | None

@@ -1,20 +1,21 @@
 """Result rows, derived from the store: what `harness results` prints and the report draws.
 
 Enters: an open `Store`. Leaves: `ResultRow`s, one per (variant, device, emulated, runtime, UAP or
-clean, evaluation set). Where the same was measured more than once, the latest complete run wins.
+clean, evaluation set). Where the same was measured more than once, the latest complete run wins;
+a sample is put together from its parts, and is compared on the images it holds.
 Only models that are current (registered last for their variant) appear: an older export's
 numbers stay in the store, but do not describe the file that would be shipped now.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from harness import metrics
-from harness.metrics import Classes, Latency
+from harness.metrics import Classes, Corrected, Latency
 from harness.records import (
     DEPLOYABLE,
     EvaluationSet,
@@ -23,44 +24,37 @@ from harness.records import (
     ResultRow,
     UapRecord,
 )
+from harness.sampling import Indices, Merged, RunKey, merged
 from harness.store import Store
-from harness.store_rows import StoredPrediction
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What makes two prediction runs the same measurement."""
-
-    model: str
-    device: str
-    emulated: bool
-    runtime: str
-    uap: str | None
-    evaluation: str
 
 
 def result_rows(store: Store) -> list[ResultRow]:
     """Every current result, ordered by variant as in the paper, then device, runtime and UAP."""
     models, uaps = store.models(), store.uaps()
+    measured = current_runs(store)
     evaluation_sets = store.evaluation_sets()
-    latest: dict[_Key, StoredPrediction] = {}
-    for stored in store.predictions():
-        if stored.run.model_sha256 in models:
-            latest[_key(stored)] = stored
     latencies = latest_latencies(store)
     rows = [
         _row(
-            key,
-            stored,
-            latest=latest,
+            run,
+            measured=measured,
             model=models[key.model],
             uap=uaps[key.uap] if key.uap is not None else None,
             evaluation=evaluation_sets[key.evaluation],
             latency=(None if key.emulated else latencies.get((key.model, key.device, key.runtime))),
         )
-        for key, stored in latest.items()
+        for key, run in measured.items()
     ]
     return sorted(rows, key=_order)
+
+
+def current_runs(store: Store) -> dict[RunKey, Merged]:
+    """What is known of every measurement of the current models: complete, or a sample."""
+    models = store.models()
+    return merged(
+        (stored for stored in store.predictions() if stored.run.model_sha256 in models),
+        images={sha256: len(record.labels) for sha256, record in store.evaluation_sets().items()},
+    )
 
 
 def latest_latencies(store: Store) -> dict[tuple[str, str, str], tuple[str, Latency]]:
@@ -90,53 +84,45 @@ def as_json(row: ResultRow) -> dict[str, Any]:
     return asdict(row)
 
 
-def _key(stored: StoredPrediction) -> _Key:
-    run = stored.run
-    return _Key(
-        run.model_sha256,
-        run.device,
-        run.emulated,
-        run.runtime,
-        run.uap_sha256,
-        run.evaluation_sha256,
-    )
-
-
 def _row(
-    key: _Key,
-    stored: StoredPrediction,
+    run: Merged,
     *,
-    latest: dict[_Key, StoredPrediction],
+    measured: dict[RunKey, Merged],
     model: ModelRecord,
     uap: UapRecord | None,
     evaluation: EvaluationSet,
     latency: tuple[str, Latency] | None,
 ) -> ResultRow:
-    run = stored.run
-    labels = np.asarray(evaluation.labels, dtype=np.int64)
-    predicted = np.asarray(run.predictions, dtype=np.int64)
-    clean = _predictions(latest, key, clean=True)
-    torch = _predictions(latest, key, runtime="torch", device="local", emulated=False)
-    accuracy = metrics.accuracy(labels, clean) if clean is not None else None
+    key, seen = run.key, run.seen
+    all_labels = np.asarray(evaluation.labels, dtype=np.int64)
+    labels, predicted = all_labels[seen], run.predictions[seen]
+    accuracy = on_correct = fooling = None
+    clean_run = measured.get(replace(key, uap=None))
+    if (both := _both(run, clean_run)) is not None and clean_run is not None:
+        here, clean, attacked = all_labels[both], clean_run.predictions[both], run.predictions[both]
+        accuracy = metrics.accuracy(here, clean)
+        if uap is not None:
+            on_correct = metrics.evasion_on_correct(here, clean, attacked).value
+            fooling = metrics.fooling_rate(clean, attacked).value
     uer = metrics.uer(labels, predicted) if uap is not None else None
-    on_correct = fooling = None
-    if uap is not None and clean is not None:
-        on_correct = metrics.evasion_on_correct(labels, clean, predicted).value
-        fooling = metrics.fooling_rate(clean, predicted).value
     tsr = excluding = None
     if uap is not None and uap.target is not None:
         tsr = metrics.tsr(predicted, uap.target)
         excluding = metrics.tsr_excluding_target(labels, predicted, uap.target).value
-    agreement = gap = None
-    if torch is not None and run.runtime != "torch":
-        agreement = metrics.agreement(torch, predicted).value
+    agreement = gap = corrected = None
+    torch_run = measured.get(replace(key, runtime="torch", device="local", emulated=False))
+    both = _both(run, torch_run)
+    if both is not None and torch_run is not None and key.runtime != "torch":
+        here, ours, torch = all_labels[both], run.predictions[both], torch_run.predictions[both]
+        agreement = metrics.agreement(torch, ours).value
         if uap is not None:
-            gap = float(np.mean(predicted != labels) - np.mean(torch != labels))
+            gap = float(np.mean(ours != here) - np.mean(torch != here))
+            corrected = corrected_uer(run, torch_run, all_labels)
     accuracy_low, accuracy_high = accuracy.interval if accuracy else (None, None)
     uer_low, uer_high = uer.interval if uer else (None, None)
     tsr_low, tsr_high = tsr.interval if tsr else (None, None)
     # The card counts what the ONNX file executes; it says nothing about the PyTorch model.
-    cost = model.cost if run.runtime == "onnxruntime" else None
+    cost = model.cost if key.runtime == "onnxruntime" else None
     mode, timing = latency if latency is not None else (None, None)
     return ResultRow(
         variant=model.variant,
@@ -145,27 +131,28 @@ def _row(
         preset=model.preset,
         width=model.width,
         protocol=uap.protocol if uap else None,
-        device=run.device,
-        emulated=run.emulated,
-        runtime=run.runtime,
+        device=key.device,
+        emulated=key.emulated,
+        runtime=key.runtime,
         machine=run.machine.arch,
         uap_source=uap.source if uap else None,
-        uap_sha256=run.uap_sha256,
+        uap_sha256=key.uap,
         attack=uap.attack if uap else None,
         seed=uap.seed if uap else model.seed,
         eps=uap.eps if uap else None,
         target=uap.target if uap else None,
-        evaluation_sha256=run.evaluation_sha256,
+        evaluation_sha256=key.evaluation,
         n=labels.size,
+        n_of=all_labels.size,
         clean_accuracy=accuracy.value if accuracy else None,
         clean_accuracy_low=accuracy_low,
         clean_accuracy_high=accuracy_high,
         uer=uer.value if uer else None,
         uer_low=uer_low,
         uer_high=uer_high,
-        uer_corrected=None,
-        uer_corrected_low=None,
-        uer_corrected_high=None,
+        uer_corrected=corrected.value if corrected else None,
+        uer_corrected_low=corrected.low if corrected else None,
+        uer_corrected_high=corrected.high if corrected else None,
         evasion_on_correct=on_correct,
         fooling_rate=fooling,
         tsr=tsr.value if tsr else None,
@@ -185,31 +172,29 @@ def _row(
         torch_agreement=agreement,
         uer_gap=gap,
         model_sha256=key.model,
-        created_at=stored.created_at,
-        git_commit=stored.git_commit,
+        created_at=run.created_at,
+        git_commit=run.git_commit,
     )
 
 
-def _predictions(
-    latest: dict[_Key, StoredPrediction],
-    key: _Key,
-    *,
-    clean: bool = False,
-    runtime: str | None = None,
-    device: str | None = None,
-    emulated: bool | None = None,
-) -> Classes | None:
-    """Predictions of the run that differs from `key` only in what is given."""
-    other = _Key(
-        model=key.model,
-        device=device if device is not None else key.device,
-        emulated=emulated if emulated is not None else key.emulated,
-        runtime=runtime if runtime is not None else key.runtime,
-        uap=None if clean else key.uap,
-        evaluation=key.evaluation,
+def corrected_uer(run: Merged, torch_run: Merged | None, labels: Classes) -> Corrected | None:
+    """The UER on the whole set that a sample and PyTorch's complete run imply; else None."""
+    seen = run.seen
+    if torch_run is None or not 0 < seen.size < labels.size:
+        return None
+    if torch_run.seen.size < labels.size:
+        return None
+    return metrics.corrected_uer(
+        torch_run.predictions != labels, run.predictions[seen] != labels[seen], seen
     )
-    stored = latest.get(other)
-    return np.asarray(stored.run.predictions, dtype=np.int64) if stored is not None else None
+
+
+def _both(first: Merged, second: Merged | None) -> Indices | None:
+    """The images that both saw; None where there are none."""
+    if second is None:
+        return None
+    common = np.intersect1d(first.seen, second.seen, assume_unique=True)
+    return common if common.size else None
 
 
 def _order(row: ResultRow) -> tuple[Any, ...]:

@@ -22,7 +22,6 @@ from harness.records import (
     LatencyRun,
     ModelRecord,
     PredictionRun,
-    Runtime,
     UapRecord,
 )
 from harness.store_rows import (
@@ -32,11 +31,12 @@ from harness.store_rows import (
     latency_of,
     model_of,
     pack_classes,
+    pack_indices,
     prediction_of,
     uap_of,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE evaluation_set (
@@ -58,7 +58,7 @@ CREATE TABLE prediction_run (
     uap_sha256 TEXT REFERENCES uap,
     device TEXT NOT NULL, emulated INTEGER NOT NULL, runtime TEXT NOT NULL, machine TEXT NOT NULL,
     predictions BLOB NOT NULL, seconds REAL NOT NULL,
-    created_at TEXT NOT NULL, git_commit TEXT);
+    created_at TEXT NOT NULL, git_commit TEXT, indices BLOB);
 CREATE INDEX prediction_by_model ON prediction_run (model_sha256, device, runtime);
 CREATE TABLE latency_run (
     id INTEGER PRIMARY KEY, model_sha256 TEXT NOT NULL REFERENCES model,
@@ -66,6 +66,8 @@ CREATE TABLE latency_run (
     mode TEXT NOT NULL, threads INTEGER NOT NULL, processes TEXT NOT NULL,
     created_at TEXT NOT NULL, git_commit TEXT);
 """
+_MIGRATIONS = {1: "ALTER TABLE prediction_run ADD COLUMN indices BLOB"}
+"""Schema -> the statement that makes it the next one. Nothing stored is lost or rewritten."""
 
 
 class Store:
@@ -152,12 +154,20 @@ class Store:
             )
 
     def add_prediction_runs(self, runs: list[PredictionRun]) -> None:
-        """Store complete runs, all or none."""
+        """Store runs, all or none.
+
+        Raises:
+            ValueError: a sample whose positions and predictions are not as many.
+        """
+        if any(
+            run.indices is not None and len(run.indices) != len(run.predictions) for run in runs
+        ):
+            raise ValueError("a sample needs one prediction for each of its positions")
         with self._transaction() as db:
             db.executemany(
                 "INSERT INTO prediction_run (model_sha256, evaluation_sha256, uap_sha256, device,"
-                " emulated, runtime, machine, predictions, seconds, created_at, git_commit)"
-                " VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                " emulated, runtime, machine, predictions, seconds, indices, created_at,"
+                " git_commit) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                 [
                     (
                         run.model_sha256,
@@ -169,6 +179,7 @@ class Store:
                         json.dumps(asdict(run.machine)),
                         pack_classes(run.predictions),
                         run.seconds,
+                        pack_indices(run.indices),
                         _now(),
                         self._git_commit,
                     )
@@ -229,23 +240,16 @@ class Store:
             for row in self._db.execute("SELECT * FROM prediction_run ORDER BY id")
         ]
 
-    def has_prediction(
-        self,
-        *,
-        model_sha256: str,
-        evaluation_sha256: str,
-        uap_sha256: str | None,
-        device: str,
-        runtime: Runtime,
-        runtime_version: str,
-    ) -> bool:
-        """Whether this very evaluation is stored already, by the same runtime version."""
+    def predictions_of(
+        self, *, model_sha256: str, evaluation_sha256: str
+    ) -> list[StoredPrediction]:
+        """The prediction runs of one model on one evaluation set, oldest first."""
         rows = self._db.execute(
-            "SELECT machine FROM prediction_run WHERE model_sha256 = ? AND evaluation_sha256 = ?"
-            " AND uap_sha256 IS ? AND device = ? AND runtime = ?",
-            (model_sha256, evaluation_sha256, uap_sha256, device, runtime),
+            "SELECT * FROM prediction_run WHERE model_sha256 = ? AND evaluation_sha256 = ?"
+            " ORDER BY id",
+            (model_sha256, evaluation_sha256),
         )
-        return any(json.loads(row["machine"])["runtime_version"] == runtime_version for row in rows)
+        return [prediction_of(row) for row in rows]
 
     def latencies(self) -> list[StoredLatency]:
         """Every latency run, oldest first."""
@@ -278,6 +282,8 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
                 connection.executescript(
                     f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
                 )
+        elif version < SCHEMA_VERSION:
+            _migrate(connection)
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
@@ -288,6 +294,17 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
         connection.close()
         raise HarnessError(f"{path} was written by a newer harness (schema {version}): upgrade")
     return Store(connection, git_commit=git_commit)
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Bring an older store to this schema in one transaction, whoever else opens it meanwhile."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        while version < SCHEMA_VERSION:
+            connection.execute(_MIGRATIONS[version])
+            version += 1
+            connection.execute(f"PRAGMA user_version = {version}")
 
 
 def _now() -> str:

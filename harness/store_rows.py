@@ -9,6 +9,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+
 from harness.records import (
     CostCard,
     EvaluationSet,
@@ -56,6 +58,15 @@ def unpack_classes(blob: bytes) -> tuple[int, ...]:
     if sys.byteorder == "big":
         packed.byteswap()
     return tuple(packed)
+
+
+def pack_indices(values: tuple[int, ...] | None) -> bytes | None:
+    """Positions in the evaluation set as little-endian uint32; None for all of it."""
+    return None if values is None else np.asarray(values, dtype="<u4").tobytes()
+
+
+def unpack_indices(blob: bytes | None) -> tuple[int, ...] | None:
+    return None if blob is None else tuple(np.frombuffer(blob, dtype="<u4").tolist())
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
@@ -128,6 +139,7 @@ def prediction_of(row: sqlite3.Row) -> StoredPrediction:
             machine=Machine(**json.loads(row["machine"])),
             predictions=unpack_classes(row["predictions"]),
             seconds=row["seconds"],
+            indices=unpack_indices(row["indices"]),
         ),
         created_at=row["created_at"],
         git_commit=row["git_commit"],

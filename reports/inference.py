@@ -84,15 +84,20 @@ def against_full(view: View, measure: Measure) -> list[Comparison]:
 
 
 def paired(view: View, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float]:
-    """Holm-adjusted McNemar p-values of pairs of rows; 1 where raw predictions are missing."""
+    """Holm-adjusted McNemar p-values of pairs of rows; 1 where no image is in both."""
     return holm([_mcnemar(view, first, second) for first, second in pairs])
 
 
 def _mcnemar(view: View, first: ResultRow, second: ResultRow) -> float:
-    a, b = view.wrong(first), view.wrong(second)
-    if a is None or b is None or a.shape != b.shape:
+    pair = view.together(first, second)
+    if pair is None:
         return 1.0
-    return metrics.mcnemar(a, b)
+    return metrics.mcnemar(pair.first != pair.labels, pair.second != pair.labels)
+
+
+def bound_of_none(n: int) -> float:
+    """No disagreement seen among n bounds their rate (exact, one-sided): (1 - p)^n = alpha."""
+    return float(1 - ALPHA ** (1 / n))
 
 
 def _rate(row: ResultRow) -> float:
@@ -125,14 +130,13 @@ def deployment_gaps(view: View) -> list[GapRow]:
     found = []
     for variant in view.variants:
         row = variant.white_box or variant.worst
-        here = view.wrong(row) if row else None
-        there = view.wrong(row, runtime="torch") if row else None
-        if row is None or here is None or there is None:
+        pair = view.together(row, row, runtime="torch") if row else None
+        if row is None or pair is None:
             continue
-        ours, theirs = view.predictions(row), view.predictions(row, runtime="torch")
         clean = variant.clean.torch_agreement if variant.clean else None
-        found.append((variant, row, here, there, int(np.count_nonzero(ours != theirs)), clean))
-    adjusted = holm([metrics.mcnemar(here, there) for _, _, here, there, _, _ in found])
+        found.append((variant, row, pair, clean))
+    wrong = [(p.first != p.labels, p.second != p.labels) for _, _, p, _ in found]
+    adjusted = holm([metrics.mcnemar(here, there) for here, there in wrong])
     return [
         GapRow(
             variant=variant,
@@ -140,11 +144,13 @@ def deployment_gaps(view: View) -> list[GapRow]:
             attacked_agreement=row.torch_agreement,
             torch_uer=float(np.mean(there)),
             uer=float(np.mean(here)),
-            disagreements=differing,
+            disagreements=int(np.count_nonzero(pair.first != pair.second)),
             n=here.size,
             p=p,
         )
-        for (variant, row, here, there, differing, clean), p in zip(found, adjusted, strict=True)
+        for (variant, row, pair, clean), (here, there), p in zip(
+            found, wrong, adjusted, strict=True
+        )
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.records import CONTROLS
+from harness.records import CONTROLS, ResultRow
 from reports import words
 from reports.tradeoff import VERDICT_MARKS
 from reports.view import View
@@ -45,6 +45,10 @@ DEFINITIONS = (
      " factors as executed."),
     ("Peak RSS", "largest resident memory of the measuring process."),
     ("p50, p90", "half, nine tenths of the timed inferences were at most this long."),
+    ("Sample", "a random part of the images, the classes in proportion, the same for every model."
+     " In brackets, the UER on the whole set that it implies: PyTorch\u2019s there plus the mean"
+     " paired difference on the sample, with its 95 % interval (Tango\u2019s score interval, finite"
+     " population; exact where no prediction differs)."),
     ("95 % interval", "Wilson score interval: covers the choice of images, nothing else."),
 )  # fmt: skip
 
@@ -212,13 +216,26 @@ def device_comparison(view: View) -> TextTable | None:
                 (
                     label_of(variant.name),
                     device.label,
+                    _images(other.any_row),
                     words.percent(clean),
-                    words.percent(other.white_box.uer if other.white_box else None),
+                    _whole_set(other.white_box),
                     words.percent(other.worst.uer if other.worst else None),
                     words.percent(other.lowest_agreement),
                     words.milliseconds(other.any_row.latency_p50_ms),
                 )
             )
-    head = ("Variant", "Device", "Clean accuracy", "White-box UER", "Worst UER",
+    head = ("Variant", "Device", "Images", "Clean accuracy", "White-box UER", "Worst UER",
             "Torch agreement (lowest)", "Latency p50")  # fmt: skip
     return TextTable(head, tuple(rows))
+
+
+def _images(row: ResultRow) -> str:
+    return f"{row.n:,}" if row.n == row.n_of else f"{row.n:,} of {row.n_of:,}"
+
+
+def _whole_set(row: ResultRow | None) -> str:
+    """The UER; of a sample that PyTorch corrects, the estimate for the whole set, in brackets."""
+    if row is None or row.uer_corrected is None:
+        return words.percent(row.uer if row else None)
+    between = words.interval(row.uer_corrected_low, row.uer_corrected_high)
+    return f"{words.percent(row.uer)} [{words.percent(row.uer_corrected)}, {between}]"

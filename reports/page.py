@@ -12,9 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reports import method, panels
 from reports.heat import heat_map
-from reports.inference import ALPHA, GapRow, deployment_gaps
+from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
 from reports.method import TextTable
 from reports.pictures import gallery
+from reports.runtimes import runtime_table, runtime_text
 from reports.tradeoff import VERDICT_MARKS, tradeoff_table
 from reports.verdicts import conclusions, headline
 from reports.view import View
@@ -60,6 +61,8 @@ def html_text(view: View) -> str:
         reference=epsilon(view.reference_eps) if view.reference_eps is not None else "",
         gap=_gap_table(view),
         gap_text=_gap_text(view),
+        runtimes=runtime_table(view),
+        runtimes_text=runtime_text(view),
         devices=method.device_comparison(view),
         facts=method.facts(view),
         machines=method.machines(view),
@@ -77,7 +80,7 @@ def _chips(view: View) -> list[tuple[str, str]]:
     """The facts a reader needs before the first number."""
     found = [
         ("data set", clean_text(view.evaluation.dataset)),
-        ("images", f"{len(view.evaluation.labels):,}"),
+        ("images", _images(view)),
         ("device", view.device.label),
         ("runtime", "onnxruntime"),
         ("models", str(len(view.variants))),
@@ -87,6 +90,17 @@ def _chips(view: View) -> list[tuple[str, str]]:
     if view.craft is not None:
         found.append(("protocol", clean_text(view.craft[0])))
     return found
+
+
+def _images(view: View) -> str:
+    """How many images the numbers are of; a sample says so."""
+    whole = len(view.evaluation.labels)
+    rows = [r for v in view.variants for r in (v.clean, *v.attacked.values(), *v.curve) if r]
+    sizes = sorted({row.n for row in rows})
+    if not sizes or sizes[0] == whole:
+        return f"{whole:,}"
+    span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}\u2013{sizes[-1]:,}"
+    return f"a sample: {span} of {whole:,}"
 
 
 def _gap_table(view: View) -> TextTable | None:
@@ -115,8 +129,7 @@ def _gap_cells(row: GapRow) -> tuple[str, ...]:
 
 
 def _identical(n: int) -> str:
-    """No disagreement seen bounds their rate (exact, one-sided): (1 - p)^n = alpha."""
-    return f"identical; at most {percent(1 - ALPHA ** (1 / n))} can differ"
+    return f"identical; at most {percent(bound_of_none(n))} can differ"
 
 
 def _gap_text(view: View) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness.metrics import UNSEEN
 from harness.records import CONTROLS, EvaluationSet, ResultRow, UapRecord
 from reports.view import View
 from reports.words import clean_text, label_of, paper_rank
@@ -138,7 +139,7 @@ def _attacked(
 ) -> Picture:
     seen, wrong = "", False
     predicted = view.predictions(row) if row is not None else None
-    if predicted is not None and index < predicted.size:
+    if predicted is not None and index < predicted.size and predicted[index] != UNSEEN:
         seen = _class(view, int(predicted[index]))
         wrong = int(predicted[index]) != view.evaluation.labels[index]
     alt = "the same image under the perturbation" + (f", predicted {seen}" if seen else "")

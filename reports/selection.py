@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from harness.metrics import Latency
+from harness.metrics import Classes, Latency
 from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
-from harness.results import latest_latencies, result_rows
+from harness.results import current_runs, latest_latencies, result_rows
 from harness.store import Store
 from reports.view import Craft, DeviceId, RunKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
@@ -58,14 +58,13 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         )
         for place in devices
     }
-    predicted: dict[RunKey, tuple[int, ...]] = {}
+    predicted: dict[RunKey, Classes] = {}
     machines: dict[tuple[DeviceId, str], Machine] = {}
-    for stored in store.predictions():
-        run = stored.run
-        if run.evaluation_sha256 == evaluation_sha and run.model_sha256 in models:
-            key = (run.model_sha256, run.uap_sha256, run.device, run.emulated, run.runtime)
+    for known, run in current_runs(store).items():
+        if known.evaluation == evaluation_sha:
+            key = (known.model, known.uap, known.device, known.emulated, known.runtime)
             predicted[key] = run.predictions
-            machines[DeviceId(run.device, run.emulated), run.runtime] = run.machine
+            machines[DeviceId(known.device, known.emulated), known.runtime] = run.machine
     return View(
         device=chosen,
         devices=devices,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from harness.metrics import Latency
+from harness.metrics import UNSEEN, Classes, Latency
 from harness.records import CONTROLS, EvaluationSet, Machine, ModelRecord, ResultRow, UapRecord
 from reports.words import label_of
 
@@ -18,7 +18,6 @@ Craft = tuple[str, str, int]
 """(protocol, attack, seed) of a crafted perturbation."""
 RunKey = tuple[str, str | None, str, bool, str]
 """(model, uap, device, emulated, runtime) on the headline evaluation set."""
-Wrong = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, order=True)
@@ -87,6 +86,15 @@ class VariantView:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Two runs on the images that both saw: int64 [n] each."""
+
+    labels: Classes
+    first: Classes
+    second: Classes
+
+
+@dataclass(frozen=True)
 class View:
     """What the report is about."""
 
@@ -102,7 +110,7 @@ class View:
     rows: tuple[ResultRow, ...]
     """Every row of the store, as exported beside the page."""
     uaps: dict[str, UapRecord]
-    predicted: dict[RunKey, tuple[int, ...]]
+    predicted: dict[RunKey, Classes]
     machines: tuple[tuple[DeviceId, str, Machine], ...]
     whitebox_seeds: dict[str, tuple[float, ...]]
     """Variant -> white-box UER at the reference eps, one per crafting seed, when there are more."""
@@ -134,21 +142,31 @@ class View:
     def predictions(
         self, row: ResultRow, *, runtime: str | None = None
     ) -> npt.NDArray[np.int64] | None:
-        """The row's raw predictions; with `runtime="torch"`, PyTorch's on the same images."""
+        """The row's raw predictions; with `runtime="torch"`, PyTorch's on the same images.
+
+        int64 [N], in the order of the evaluation set; `UNSEEN` for images outside a sample.
+        """
         if runtime == "torch":
             key = (row.model_sha256, row.uap_sha256, "local", False, "torch")
         else:
             key = (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
-        found = self.predicted.get(key)
-        return None if found is None else np.asarray(found, dtype=np.int64)
+        return self.predicted.get(key)
 
-    def wrong(self, row: ResultRow, *, runtime: str | None = None) -> Wrong | None:
-        """Which images the row's model got wrong."""
-        predicted = self.predictions(row, runtime=runtime)
-        if predicted is None:
+    def together(
+        self, first: ResultRow, second: ResultRow, *, runtime: str | None = None
+    ) -> Together | None:
+        """Predictions of two rows on the images that both saw; None where there are none.
+
+        With `runtime="torch"` the second are PyTorch's.
+        """
+        ours, theirs = self.predictions(first), self.predictions(second, runtime=runtime)
+        if ours is None or theirs is None:
+            return None
+        both = (ours != UNSEEN) & (theirs != UNSEEN)
+        if not both.any():
             return None
         labels = np.asarray(self.evaluation.labels, dtype=np.int64)
-        return np.asarray(predicted != labels, dtype=np.bool_)
+        return Together(labels[both], ours[both], theirs[both])
 
 
 def _uer(row: ResultRow) -> float:

@@ -1,13 +1,15 @@
-"""Commands that run models where they are deployed: `attack-device`, `devices`."""
+"""`harness attack-device`: models run, and are attacked, where they are deployed."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.duration_type import DURATION
 from harness.cli.options import (
     accelerator_option,
     chosen_variants,
@@ -22,11 +24,13 @@ from harness.cli.options import (
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
+from harness.records import UsageError
 
 if TYPE_CHECKING:
     from devices.session import Device
     from harness.pipeline.context import Context
     from harness.pipeline.evaluation import Victim
+    from harness.pipeline.experiment import LatencyMode
     from harness.records import ResultRow
 
 
@@ -49,6 +53,25 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Your own model: input `image` uint8 [N,C,H,W], output `logits`. May be repeated.",
 )
+@click.option(
+    "--budget",
+    "budget_s",
+    type=DURATION,
+    help="Evaluate as many images as fit into this time (90s, 10m, 1h), shared equally by the "
+    "models, set-up excluded.  [default: the device's own; 5m emulated, else all images]",
+)
+@click.option(
+    "--until-ci",
+    type=click.FloatRange(0.0, 50.0, min_open=True),
+    metavar="POINTS",
+    help="Stop when the UER's 95 % interval is within this many points to either side; without "
+    "--budget however long it takes.",
+)
+@click.option(
+    "--latency",
+    type=click.Choice(["none", "quick", "full"]),
+    help="Also time the models, batch 1.  [default: quick on a board, else none]",
+)
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -60,6 +83,9 @@ def attack_device(
     models: tuple[str, ...],
     all_models: bool,
     onnx_files: tuple[Path, ...],
+    budget_s: float | None,
+    until_ci: float | None,
+    latency: LatencyMode | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -71,14 +97,23 @@ def attack_device(
     Attacks every variant that is exported (all ten in a new workspace) unless --model or --onnx
     says which. Every result is stored; what is stored already is not measured again.
 
+    With a budget or an interval to reach, a sample of the images is evaluated: the same for
+    every model, the classes in proportion, clean and attacked images in pairs. Its UER is printed
+    as it is, and corrected by what PyTorch does on the whole set. A larger budget goes on where
+    the sample ended; so does the same command after an interruption.
+
     \b
     Examples:
       harness attack-device --device local --uap cache/full_eps10.pt
       harness attack-device --uap mine.pt --model q4 --json
       harness attack-device --uap cache/full_eps10.pt --onnx detector.onnx
+      harness attack-device --device rpi4 --uap cache/full_eps10.pt --budget 10m
+      harness attack-device --device rpi4 --uap cache/full_eps10.pt --until-ci 1.0
     """
     from devices.registry import device_named
 
+    if until_ci is not None and math.isnan(until_ci):  # no range holds or refuses it
+        raise UsageError("--until-ci nan is no number of points: write one up to 50, such as 1.0")
     device = device_named(device_name)
     if models or all_models:
         variants: list[str] | None = chosen_variants(models, all_models, deployable=True)
@@ -95,6 +130,9 @@ def attack_device(
         onnx_files=list(onnx_files),
         uaps=list(uaps),
         device=device,
+        budget_s=budget_s,
+        until_ci=until_ci,
+        latency=latency or _default_latency(device),
     )
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
@@ -103,6 +141,11 @@ def attack_device(
         context.build(tasks)
         register_current(context, victims, paths)
     _print_rows(context, victims, paths, device, as_json=as_json)
+
+
+def _default_latency(device: Device) -> LatencyMode:
+    """A board is there to be timed; this machine is timed by `harness run`."""
+    return "none" if device.emulated or device.name == "local" else "quick"
 
 
 def _exported(context: Context) -> list[str]:
@@ -133,7 +176,7 @@ def _print_rows(
             row.model_sha256 in models
             and row.uap_sha256 in uaps
             and row.evaluation_sha256 == evaluation
-            and row.device == device.name
+            and (row.device, row.emulated) == (device.name, device.emulated)
             and row.runtime == "onnxruntime"
         )
 
@@ -143,42 +186,3 @@ def _print_rows(
         click.echo(json.dumps([to_json(row) for row in rows], indent=2))
     else:
         print_results(rows)
-
-
-@click.group()
-def devices() -> None:
-    """The devices inference can run on.
-
-    \b
-    Examples:
-      harness devices list
-      harness devices probe local
-    """
-
-
-@devices.command("list")
-@json_option
-def list_devices(as_json: bool) -> None:
-    """Name every device."""
-    from devices.registry import DEVICES
-
-    names = sorted(DEVICES)
-    click.echo(json.dumps(names) if as_json else "\n".join(names))
-
-
-@devices.command()
-@click.argument("name")
-@json_option
-def probe(name: str, as_json: bool) -> None:
-    """Start the runner on a device and print what it says of itself."""
-    from dataclasses import asdict
-
-    from devices.registry import device_named
-
-    with device_named(name).open() as session:
-        facts = asdict(session.machine)
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    for key, value in facts.items():
-        click.echo(f"{key}: {value}")

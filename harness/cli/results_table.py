@@ -14,25 +14,41 @@ from harness.records import ResultRow, source_label
 def print_results(rows: Sequence[ResultRow]) -> None:
     """One line a row: who was attacked with what, and what happened."""
     table = Table(box=None, pad_edge=False)
+    # Only a sample has them: of a whole set the UER is what it is.
+    sampled = any(row.uer_corrected is not None for row in rows)
+    corrected = ("whole set", "95 %") if sampled else ()
     for name in ("model", "device", "runtime", "UAP", "eps", "target"):
         table.add_column(name)
-    for name in ("n", "accuracy", "UER", "95 %", "TSR", "= torch", "p50 ms", "KB", "MMACs"):
+    for name in (
+        "n",
+        "accuracy",
+        "UER",
+        "95 %",
+        *corrected,
+        "TSR",
+        "= torch",
+        "p50 ms",
+        "KB",
+        "MMACs",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
-        interval = ""
-        if row.uer_low is not None and row.uer_high is not None:
-            interval = f"{100 * row.uer_low:.1f}-{100 * row.uer_high:.1f}"
+        estimate = (
+            _percent(row.uer_corrected),
+            _interval(row.uer_corrected_low, row.uer_corrected_high),
+        )
         table.add_row(
             escape(source_label(row.variant)),
-            row.device,
+            row.device + (" (emulated)" if row.emulated else ""),
             row.runtime,
             escape(source_label(row.uap_source)) if row.uap_source else "clean",
             "" if row.eps is None else f"{row.eps:g}",
             "" if row.target is None else str(row.target),
-            str(row.n),
+            str(row.n) if row.n == row.n_of else f"{row.n} of {row.n_of}",
             _percent(row.clean_accuracy),
             _percent(row.uer),
-            interval,
+            _interval(row.uer_low, row.uer_high),
+            *(estimate if sampled else ()),
             _percent(row.tsr),
             _percent(row.torch_agreement),
             _latency(row),
@@ -44,6 +60,10 @@ def print_results(rows: Sequence[ResultRow]) -> None:
     if not console.is_terminal:
         console = StdoutConsole(width=200)
     console.print(table)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{100 * low:.1f}-{100 * high:.1f}"
 
 
 def _latency(row: ResultRow) -> str:

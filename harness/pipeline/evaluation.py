@@ -2,7 +2,7 @@
 
 Enters: exported models, UAP files, a device. Leaves: prediction runs and latency runs in the
 store, PyTorch's predictions on the same bytes beside them. Nothing that is stored is measured
-again.
+again: a sample that is to be larger goes on where it ended.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.checkpoints import reference_form
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.exports import model_record
+from harness.pipeline.on_device import Sample, sample_on_device
 from harness.pipeline.tasks import Progress, Task
-from harness.records import ModelRecord, PredictionRun, Runtime, UapRecord
+from harness.records import ModelRecord, PredictionRun, UapRecord
+from harness.sampling import Budget, RunKey, merged, sample_order
 from harness.store import Store
 
+FORWARDS_PER_SECOND = 1000.0
+"""Turns a budget's seconds into the unit of work; corrected as tasks finish."""
 EVALUATE_COST = 1.5
 """Forward passes per image: PyTorch's, and onnxruntime's at about half of one."""
 
@@ -79,11 +83,24 @@ def register(
         store.add_uap(attack.record)
 
 
+def budget_for(
+    device: Device, models: int, *, seconds: float | None = None, until_ci: float | None = None
+) -> Budget:
+    """Each model's equal share of what the user allows, by default of what the device does.
+
+    An interval to reach has no time limit unless one is given, too.
+    """
+    if seconds is None and until_ci is None:
+        seconds = device.default_budget_s
+    return Budget(None if seconds is None else seconds / max(1, models), until_ci)
+
+
 def evaluate_task(
     context: Context,
     victim: Victim,
     uap_paths: Sequence[Path],
     device: Device,
+    budget: Budget,
 ) -> Task:
     """Evaluate one victim, clean and under each UAP, on the device and in PyTorch."""
 
@@ -93,14 +110,19 @@ def evaluate_task(
         if not context.workspace.results.exists():
             return False
         with context.open_store() as store:
-            return not _missing(context, store, victim, uap_paths, device)
+            plan = _plan(context, store, victim, uap_paths, device, budget)
+        return not plan.in_torch and plan.finished
 
+    images = len(context.data.evaluation)
+    work = EVALUATE_COST * (1 + len(uap_paths)) * images
+    if budget.seconds is not None:
+        work = min(work, work / 2 + budget.seconds * FORWARDS_PER_SECOND)
     return Task(
         stage="evaluate",
         name=f"attack {victim.name} on {device.name}",
-        work=EVALUATE_COST * (1 + len(uap_paths)) * len(context.data.evaluation),
+        work=work,
         is_done=is_done,
-        run=lambda progress: evaluate(context, victim, uap_paths, device, progress),
+        run=lambda progress: evaluate(context, victim, uap_paths, device, budget, progress),
     )
 
 
@@ -109,6 +131,7 @@ def evaluate(
     victim: Victim,
     uap_paths: Sequence[Path],
     device: Device,
+    budget: Budget,
     progress: Progress,
 ) -> None:
     """Measure what the store lacks, and store it."""
@@ -117,98 +140,100 @@ def evaluate(
         model = model_record(context, victim.name, victim.onnx)
         attacks = [load_attack(context, path) for path in uap_paths]
         register(context, store, [victim], attacks)
-        missing = _missing(context, store, victim, uap_paths, device)
         by_sha256 = {attack.record.sha256: attack for attack in attacks}
-        total = len(missing) * len(context.data.evaluation)
-        meter = _Meter(total, progress)
-        on_torch = [uap for uap, runtime in missing if runtime == "torch"]
-        on_device = [uap for uap, runtime in missing if runtime == "onnxruntime"]
-        if on_device:
-            _on_device(context, store, victim, model, device, on_device, by_sha256, meter)
-        if on_torch:
-            _in_torch(context, store, victim, model, on_torch, by_sha256, meter)
+        plan = _plan(context, store, victim, uap_paths, device, budget)
+        whole = 1 + len(uap_paths)
+        on_torch = len(plan.in_torch) / (whole + len(plan.in_torch))
+        # PyTorch first: what it says of the whole set makes the device's sample say more.
+        if plan.in_torch:
+            meter = _Meter(len(plan.in_torch), lambda done, note: progress(done * on_torch, note))
+            _in_torch(context, store, victim, model, plan.in_torch, by_sha256, meter)
+            plan = _plan(context, store, victim, uap_paths, device, budget)
+        if not plan.finished:
+            deltas = {
+                uap: by_sha256[uap].perturbation.delta_255 if uap is not None else None
+                for uap in plan.sample.uaps
+            }
+            sample_on_device(
+                context,
+                store,
+                victim.onnx,
+                device,
+                plan.sample,
+                deltas,
+                lambda done, note: progress(on_torch + done * (1 - on_torch), note),
+            )
 
 
-def _missing(
+@dataclass(frozen=True)
+class _Plan:
+    """What is stored of one victim, and what is still to be done."""
+
+    in_torch: list[str | None]
+    """UAP sha256, None for clean, of what PyTorch has not predicted."""
+    sample: Sample
+
+    @property
+    def finished(self) -> bool:
+        return not self.sample.behind()
+
+
+def _plan(
     context: Context,
     store: Store,
     victim: Victim,
     uap_paths: Sequence[Path],
     device: Device,
-) -> list[tuple[str | None, Runtime]]:
-    """(UAP sha256 or None for clean, runtime) of every evaluation the store lacks."""
-    model_sha256 = context.sha256(victim.onnx)
+    budget: Budget,
+) -> _Plan:
+    model, evaluation = context.sha256(victim.onnx), context.data.digests["evaluation"]
     uaps = list(dict.fromkeys([None, *(context.sha256(path) for path in uap_paths)]))
-    runtimes: list[tuple[Runtime, str, str]] = [
-        ("onnxruntime", device.name, onnxruntime.__version__)
-    ]
-    if victim.checkpoint is not None:
-        runtimes.append(("torch", "local", torch.__version__))
-    return [
-        (uap, runtime)
-        for runtime, device_name, version in runtimes
+    labels = context.data.evaluation.labels
+    known = merged(
+        store.predictions_of(model_sha256=model, evaluation_sha256=evaluation),
+        images={evaluation: len(labels)},
+    )
+    torch_keys = {uap: RunKey(model, evaluation, uap, "local", False, "torch") for uap in uaps}
+    in_torch = {
+        uap: known[key]
+        for uap, key in torch_keys.items()
+        if key in known and known[key].machine.runtime_version == torch.__version__
+    }
+    keys = {
+        uap: RunKey(model, evaluation, uap, device.name, device.emulated, "onnxruntime")
         for uap in uaps
-        if not store.has_prediction(
-            model_sha256=model_sha256,
-            evaluation_sha256=context.data.digests["evaluation"],
-            uap_sha256=uap,
-            device=device_name,
-            runtime=runtime,
-            runtime_version=version,
-        )
-    ]
+    }
+    # Only of this machine is the runtime known before it is asked. What another device is, it
+    # says when it is connected, and what another runtime predicted then counts no more.
+    here = onnxruntime.__version__ if device.name == "local" else None
+    on_device = {
+        uap: known[key]
+        for uap, key in keys.items()
+        if key in known and here in (None, known[key].machine.runtime_version)
+    }
+    lacking = [uap for uap in uaps if uap not in in_torch] if victim.checkpoint else []
+    sample = Sample.of(
+        keys,
+        labels=labels,
+        order=sample_order(labels, seed=context.config.seed),
+        known=on_device,
+        in_torch=in_torch,
+        budget=budget,
+    )
+    return _Plan(lacking, sample)
 
 
 @dataclass
 class _Meter:
-    """Images evaluated so far, as a fraction."""
+    """Runs over the whole set done so far, as a fraction."""
 
     total: int
     progress: Progress
-    base: int = 0
+    done: int = 0
 
-    def at(self, images: int) -> None:
-        self.progress((self.base + images) / max(self.total, 1), "")
-
-    def close_run(self, images: int) -> None:
-        self.base += images
-        self.at(0)
-
-
-def _on_device(
-    context: Context,
-    store: Store,
-    victim: Victim,
-    model: ModelRecord,
-    device: Device,
-    uaps: list[str | None],
-    attacks: dict[str, Attack],
-    meter: _Meter,
-) -> None:
-    config, images = context.config, context.data.evaluation.images
-    with device.open() as session:
-        session.load(victim.onnx, threads=config.eval.threads)
-        session.set_images(images)
-        for uap in uaps:
-            began = time.monotonic()
-            predictions = session.predict(
-                attacks[uap].perturbation.delta_255 if uap is not None else None,
-                batch_size=config.eval.batch_size,
-                on_progress=meter.at,
-            )
-            run = PredictionRun(
-                model_sha256=model.sha256,
-                evaluation_sha256=context.data.digests["evaluation"],
-                uap_sha256=uap,
-                device=device.name,
-                emulated=device.emulated,
-                runtime="onnxruntime",
-                machine=session.machine,
-                predictions=tuple(int(p) for p in predictions),
-                seconds=time.monotonic() - began,
-            )
-            store.add_prediction_runs([run])
-            meter.close_run(len(images))
+    def close_run(self) -> None:
+        self.done += 1
+        self.progress(self.done / self.total, "")
 
 
 def _in_torch(
@@ -244,4 +269,4 @@ def _in_torch(
             seconds=time.monotonic() - began,
         )
         store.add_prediction_runs([run])
-        meter.close_run(len(images))
+        meter.close_run()

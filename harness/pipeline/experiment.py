@@ -6,13 +6,20 @@ Enters: a context. Leaves: tasks in dependency order. Single commands take the p
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from devices.model_file import check_model_file
 from devices.session import Device
 from harness.crafting.perturbation import load_perturbation
 from harness.pipeline.checkpoints import train_tasks
 from harness.pipeline.context import Context
-from harness.pipeline.evaluation import Victim, evaluate_task, load_attack, register
+from harness.pipeline.evaluation import (
+    Victim,
+    budget_for,
+    evaluate_task,
+    load_attack,
+    register,
+)
 from harness.pipeline.exports import export_tasks
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
@@ -32,6 +39,8 @@ from harness.records import (
     variant_named,
 )
 from harness.workspace import UapName, parse_uap_name
+
+LatencyMode = Literal["none", "quick", "full"]
 
 
 def ordered(names: list[str]) -> list[str]:
@@ -65,12 +74,14 @@ def experiment_tasks(context: Context, variants: list[str], device: Device) -> l
     tasks = train_tasks(context, variants)
     tasks += export_tasks(context, variants)
     tasks += craft_tasks(context, all_uap_names(context, variants))
+    budget = budget_for(device, len(variants))
     for name in variants:
         uaps = [context.workspace.uap(u) for u in victim_uap_names(context, name, variants)]
-        tasks.append(evaluate_task(context, variant_victim(context, name), uaps, device))
+        tasks.append(evaluate_task(context, variant_victim(context, name), uaps, device, budget))
     if context.config.latency.mode != "off" and not device.emulated:
         victims = [variant_victim(context, name) for name in variants]
-        tasks.append(latency_task(context, victims, device))
+        uap = context.workspace.uap(transfer_name(context, variants[0]))
+        tasks.append(latency_task(context, victims, device, uap=uap))
     return tasks
 
 
@@ -93,16 +104,34 @@ def attack_tasks(
     onnx_files: list[Path],
     uaps: list[str],
     device: Device,
+    budget_s: float | None = None,
+    until_ci: float | None = None,
+    latency: LatencyMode = "none",
 ) -> tuple[list[Task], list[Victim], list[Path]]:
     """Attack some victims on a device with the UAPs the user named, building what is missing.
+
+    Args:
+        context: the workspace.
+        variants: victims of the workspace.
+        onnx_files: victims that the user brought.
+        uaps: as the user named them.
+        device: where to attack.
+        budget_s: seconds for all victims together; None with no `until_ci`: the device's own.
+        until_ci: half-width in percentage points of the UER's interval that is enough.
+        latency: whether, and how long, to time the victims afterwards.
 
     Returns:
         (tasks, victims, UAP files in the order given).
 
     Raises:
         UsageError: a UAP that is missing and whose name is none of ours, or does not fit; a
-            model file that is not what the harness runs.
+            model file that is not what the harness runs; latency of an emulated device.
     """
+    if latency != "none" and device.emulated:
+        raise UsageError(
+            f"{device.name} is emulated: it has predictions, but no latency; with a board of your "
+            f"own: harness devices add {device.name} --host USER@BOARD"
+        )
     located = [locate_uap(context, text) for text in uaps]
     names = [name for name, _ in located if name is not None]
     for name, path in located:
@@ -119,7 +148,10 @@ def attack_tasks(
     victims = [variant_victim(context, name) for name in variants]
     victims += [Victim(path.stem, path, None) for path in onnx_files]
     paths = [path for _, path in located]
-    tasks += [evaluate_task(context, victim, paths, device) for victim in victims]
+    budget = budget_for(device, len(victims), seconds=budget_s, until_ci=until_ci)
+    tasks += [evaluate_task(context, victim, paths, device, budget) for victim in victims]
+    if latency != "none":
+        tasks.append(latency_task(context, victims, device, uap=paths[0], mode=latency))
     return tasks, victims, paths
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from devices.session import Device
 from devices.timing import FULL, QUICK, LatencySettings, measure_latency
 from harness.pipeline.context import Context
-from harness.pipeline.evaluation import Victim, register
+from harness.pipeline.evaluation import Victim, load_attack, register
 from harness.pipeline.tasks import Progress, Task
 from harness.records import LatencyRun
 
@@ -23,22 +24,37 @@ FORWARDS_PER_SECOND = 1000.0
 """Turns the protocol's fixed seconds into the unit of work; corrected as tasks finish."""
 
 
-def latency_settings(context: Context) -> LatencySettings:
-    """The protocol the configuration asks for."""
+def latency_settings(context: Context, mode: str | None = None) -> LatencySettings:
+    """The protocol `mode` names, or else the configuration; threads as configured."""
     config = context.config.latency
-    return replace(FULL if config.mode == "full" else QUICK, threads=config.threads)
+    return replace(FULL if (mode or config.mode) == "full" else QUICK, threads=config.threads)
 
 
-def latency_task(context: Context, victims: Sequence[Victim], device: Device) -> Task:
-    """Batch-1 latency of all victims, interleaved."""
-    settings = latency_settings(context)
+def latency_task(
+    context: Context,
+    victims: Sequence[Victim],
+    device: Device,
+    *,
+    uap: Path,
+    mode: str | None = None,
+) -> Task:
+    """Batch-1 latency of all victims, interleaved, and of clean and attacked images in turn.
+
+    Args:
+        context: the workspace.
+        victims: the models.
+        device: where to measure.
+        uap: the perturbation of the attacked images.
+        mode: the protocol; None: as configured.
+    """
+    settings = latency_settings(context, mode)
     seconds = settings.warmup_seconds + settings.min_seconds + OVERHEAD_SECONDS
     return Task(
         stage="latency",
         name=f"latency on {device.name} ({settings.mode})",
         work=settings.processes * seconds * len(victims) * FORWARDS_PER_SECOND,
         is_done=lambda: _rounds_done(context, victims, device, settings) >= settings.processes,
-        run=lambda progress: _measure(context, victims, device, settings, progress),
+        run=lambda progress: _measure(context, victims, device, uap, settings, progress),
     )
 
 
@@ -52,8 +68,9 @@ def _rounds_done(
     with context.open_store() as store:
         for stored in store.latencies():
             run = stored.run
-            if (run.device, run.mode, run.threads) == (
+            if (run.device, run.emulated, run.mode, run.threads) == (
                 device.name,
+                device.emulated,
                 settings.mode,
                 settings.threads,
             ):
@@ -65,9 +82,11 @@ def _measure(
     context: Context,
     victims: Sequence[Victim],
     device: Device,
+    uap: Path,
     settings: LatencySettings,
     progress: Progress,
 ) -> None:
+    delta_255 = load_attack(context, uap).perturbation.delta_255
     files = {victim.name: victim.onnx for victim in victims}
     images = context.data.evaluation.images
     total = settings.processes * len(victims)
@@ -83,6 +102,7 @@ def _measure(
             images,
             settings=replace(settings, processes=1),
             seed=context.config.seed + done,
+            delta_255=delta_255,
             on_progress=advance,
         )
         with context.open_store() as store:

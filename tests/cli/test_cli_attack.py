@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from cli_cases import (
     written,
 )
 
+from devices.session import DeviceSession
 from harness.records import PAPER_ORDER
 
 Run = Callable[..., Outcome]
@@ -217,3 +221,182 @@ def test_the_workspace_can_be_moved(run: Run, workspace: Path, tmp_path: Path) -
     measured = runs(moved)
     rows_of(run("attack-device", "--uap", "cache/full_eps10.pt", "--json", cwd=moved))
     assert runs(moved) == measured
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+LEAST = "0.000001s"
+"""A budget that is spent by the first chunk."""
+COUNT = 8
+"""Images of the first chunk."""
+
+
+def evaluated(root: Path) -> dict[tuple[str, str | None], list[int]]:
+    """(model, UAP) -> position of every onnxruntime prediction in the store, repeats and all."""
+    found: dict[tuple[str, str | None], list[int]] = {}
+    rows = table(
+        root,
+        "SELECT model_sha256, uap_sha256, indices, length(predictions) FROM prediction_run"
+        " WHERE runtime = 'onnxruntime' ORDER BY id",
+    )
+    for model, uap, indices, size in rows:
+        where = range(size // 2) if indices is None else np.frombuffer(indices, "<u4").tolist()
+        found.setdefault((model, uap), []).extend(where)
+    return found
+
+
+def test_a_budget_is_a_sample_that_a_larger_one_completes(
+    run: Run, workspace: Path, tmp_path: Path
+) -> None:
+    write_onnx(workspace / "theirs.onnx")
+    untouched = shutil.copytree(workspace, tmp_path / "untouched")
+    other = write_onnx(workspace / "other.onnx", seed=6)
+    command = ("attack-device", "--uap", "cache/full_eps10.pt", "--json")
+    theirs = (*command, "--onnx", "theirs.onnx")
+    sample = rows_of(run(*theirs, "--budget", LEAST, cwd=workspace))
+    assert [(r["n"], r["uap_source"]) for r in sample] == [(COUNT, None), (COUNT, "full")]
+    assert sample[0]["n_of"] > COUNT
+    model = sha256(workspace / "theirs.onnx")
+    images = {k: v for k, v in evaluated(workspace).items() if k[0] == model}
+    first, *others = images.values()
+    assert len(set(first)) == COUNT
+    assert all(same == first for same in others)  # in pairs
+    # Spent is spent: the same command measures nothing more.
+    measured = runs(workspace)
+    assert rows_of(run(*theirs, "--budget", LEAST, cwd=workspace)) == sample
+    assert runs(workspace) == measured
+    for_people = [argument for argument in theirs if argument != "--json"]
+    assert f"{COUNT} of " in succeeded(run(*for_people, "--budget", LEAST, cwd=workspace)).out
+    # Another model sees the same images.
+    rows_of(run(*command, "--onnx", "other.onnx", "--budget", LEAST, cwd=workspace))
+    assert evaluated(workspace)[sha256(other), None] == first
+    # All the time it takes: the rest, once, and the row is as if it had been in one go.
+    whole = rows_of(run(*theirs, "--budget", "1h", cwd=workspace))
+    for positions in (v for k, v in evaluated(workspace).items() if k[0] == model):
+        assert positions[:COUNT] == first
+        assert sorted(positions) == list(range(whole[0]["n_of"]))
+    assert [r["n"] == r["n_of"] for r in whole] == [True, True]
+    at_once = rows_of(run(*theirs, cwd=untouched))
+    for ours, other_row in zip(whole, at_once, strict=True):
+        assert ours | {"created_at": ""} == other_row | {"created_at": ""}
+
+
+def test_a_sample_is_corrected_by_what_pytorch_does_on_the_whole_set(
+    run: Run, workspace: Path
+) -> None:
+    command = ("attack-device", "--model", "pp3", "--uap", "cache/q4_eps6.pt", "--json")
+    clean, attacked = rows_of(run(*command, "--budget", LEAST, cwd=workspace))
+    assert clean["n"] == clean["n_of"]  # from `harness run`
+    assert attacked["n"] == COUNT
+    everything = rows_of(run("results", "--json", cwd=workspace))
+    of_torch = next(
+        r
+        for r in everything
+        if (r["variant"], r["runtime"], r["uap_sha256"]) == ("pp3", "torch", attacked["uap_sha256"])
+    )
+    assert of_torch["n"] == of_torch["n_of"]
+    assert attacked["uer_corrected"] == pytest.approx(of_torch["uer"] + attacked["uer_gap"])
+    low, high = attacked["uer_corrected_low"], attacked["uer_corrected_high"]
+    assert low < high
+    assert low <= attacked["uer_corrected"] <= high
+    text = succeeded(run(*command[:-1], "--budget", LEAST, cwd=workspace)).out
+    assert "whole set" in text
+    (_, whole) = rows_of(run(*command, cwd=workspace))  # `local` has no budget of its own
+    assert whole["n"] == whole["n_of"]
+    assert whole["uer_corrected"] is whole["uer_corrected_low"] is None
+    assert low <= whole["uer"] <= high
+
+
+def test_it_stops_when_the_interval_is_as_narrow_as_asked(run: Run, workspace: Path) -> None:
+    write_onnx(workspace / "theirs.onnx")
+    command = ("attack-device", "--onnx", "theirs.onnx", "--uap", "cache/full_eps10.pt", "--json")
+    sizes = []
+    for points in ("25", "20", "25", "0.001"):
+        _, row = rows_of(run(*command, "--until-ci", points, cwd=workspace))
+        sizes.append(row["n"])
+        if row["n"] < row["n_of"]:
+            assert 50 * (row["uer_high"] - row["uer_low"]) <= float(points)
+    assert sizes[0] < sizes[1] == sizes[2] < sizes[3] == row["n_of"]
+
+
+def test_a_device_that_dies_loses_nothing_that_was_stored(
+    run: Run, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real runner, really killed: exit 5 says what is safe, and the next command goes on."""
+    write_onnx(workspace / "theirs.onnx")
+    model = sha256(workspace / "theirs.onnx")
+    command = ("attack-device", "--onnx", "theirs.onnx", "--uap", "cache/full_eps10.pt", "--json")
+    original = DeviceSession.predict
+
+    def predict(self: DeviceSession, *arguments: Any, start: int, **named: Any) -> Any:
+        if start >= COUNT:  # after the first chunk
+            os.kill(self.pid, signal.SIGKILL)
+        return original(self, *arguments, start=start, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeviceSession, "predict", predict)
+        died = run(*command, "--budget", "1h", cwd=workspace)
+    assert died.code == 5
+    (line,) = [line for line in died.err.splitlines() if line.startswith("error:")]
+    assert f"{COUNT} of " in line
+    assert "safely stored" in line
+    stored = {k: v for k, v in evaluated(workspace).items() if k[0] == model}
+    assert [len(v) for v in stored.values()] == [COUNT, COUNT]
+    rows = rows_of(run(*command, cwd=workspace))
+    assert {r["n"] for r in rows} == {rows[0]["n_of"]}
+    for positions in (v for k, v in evaluated(workspace).items() if k[0] == model):
+        assert sorted(positions) == list(range(rows[0]["n_of"]))
+
+
+def test_what_another_runtime_predicted_is_measured_again(run: Run, workspace: Path) -> None:
+    write_onnx(workspace / "theirs.onnx")
+    command = ("attack-device", "--onnx", "theirs.onnx", "--uap", "cache/full_eps10.pt", "--json")
+    rows_of(run(*command, cwd=workspace))
+    measured = runs(workspace)
+    connection = sqlite3.connect(workspace / "results.db")
+    connection.execute(
+        "UPDATE prediction_run SET machine = json_set(machine, '$.runtime_version', '1.2.3')"
+    )
+    connection.commit()
+    connection.close()
+    rows = rows_of(run(*command, cwd=workspace))
+    assert {r["n"] == r["n_of"] for r in rows} == {True}
+    assert runs(workspace) == measured + 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--budget", value) for value in ("0", "-1m", "ten", "5d", "1e99h", "")),
+        *(("--until-ci", value) for value in ("0", "-1", "51", "nan")),
+        ("--latency", "slow"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(
+    run: Run, workspace: Path, option: str, value: str
+) -> None:
+    before = artefacts(workspace)
+    command = ("attack-device", "--uap", "cache/full_eps10.pt")
+    refused = run(*command, f"{option}={value}", cwd=workspace)
+    assert refused.code == 2
+    assert option in refused.err
+    assert "Traceback" not in refused.err
+    assert artefacts(workspace) == before
+
+
+def test_an_emulated_device_has_no_latency_to_ask_for(run: Run, workspace: Path) -> None:
+    command = ("attack-device", "--device", "rpi4", "--uap", "cache/full_eps10.pt")
+    refused = run(*command, "--latency", "quick", cwd=workspace)
+    assert refused.code == 2
+    assert "emulated" in refused.err
+    assert "harness devices add rpi4" in refused.err
+
+
+def test_latency_is_measured_where_it_is_asked_for(run: Run, workspace: Path) -> None:
+    write_onnx(workspace / "theirs.onnx")
+    command = ("attack-device", "--onnx", "theirs.onnx", "--uap", "cache/full_eps10.pt", "--json")
+    assert rows_of(run(*command, cwd=workspace))[0]["latency_p50_ms"] is None
+    timed = rows_of(run(*command, "--latency", "quick", cwd=workspace))
+    assert {r["latency_mode"] for r in timed} == {"quick"}
+    assert all(r["latency_p50_ms"] > 0 for r in timed)

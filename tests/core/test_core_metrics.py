@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from math import comb
 from typing import Any
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness import metrics
-from harness.metrics import PERCENTILE_MIN_N, Rate, summarise_latency, wilson
+from harness.metrics import (
+    PERCENTILE_MIN_N,
+    Rate,
+    corrected_uer,
+    most_unseen,
+    paired_difference,
+    summarise_latency,
+    wilson,
+)
 
 # Ten images. Clean mistakes: 2 and 7. Under attack: 0, 2, 4, 6, 7, 9 are wrong; 2 keeps its wrong
 # class, 7 moves to another wrong class, and 5 is right in both.
@@ -80,6 +89,106 @@ def test_wilson_ends_exactly_at_zero_and_one(n: int) -> None:
 def test_wilson_refuses_impossible_counts(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="0 <= successes <= n"):
         wilson(successes, n)
+
+
+# --- a sample beside the whole set ---------------------------------------------------------------
+
+
+def wrong(gained: int, lost: int, both: int, n: int) -> tuple[Any, Any]:
+    """(PyTorch wrong, device wrong), bool [n]."""
+    torch, device = np.zeros(n, bool), np.zeros(n, bool)
+    device[:gained] = True
+    torch[gained : gained + lost] = True
+    torch[gained + lost :][:both] = device[gained + lost :][:both] = True
+    return torch, device
+
+
+def score(gained: int, lost: int, n: int, difference: float) -> float:
+    """Tango 1998, equation of the score statistic, with half a count of continuity."""
+    b = -gained - lost + (2 * n - gained + lost) * difference
+    c = -lost * difference * (1 - difference)
+    p_lost = (math.sqrt(b * b - 8 * n * c) - b) / (4 * n)
+    variance = n * (2 * p_lost + difference * (1 - difference))
+    return (gained - lost - n * difference - 0.5) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(12, 2, 50), (1, 0, 30), (7, 7, 400)])
+def test_the_limits_are_where_the_score_test_turns(gained: int, lost: int, n: int) -> None:
+    low, high = paired_difference(gained, lost, n, population=10**9)
+    z = stats.norm.ppf(0.975)
+    assert score(gained, lost, n, low) == pytest.approx(z, rel=1e-4)
+    assert score(lost, gained, n, -high) == pytest.approx(z, rel=1e-4)
+
+
+@given(st.integers(1, 400), st.integers(0, 400), st.data())
+def test_the_interval_holds_its_estimate_and_mirrors(
+    n: int, more: int, data: st.DataObject
+) -> None:
+    gained = data.draw(st.integers(0, n))
+    lost = data.draw(st.integers(0, n - gained))
+    population = n + more
+    low, high = paired_difference(gained, lost, n, population=population)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    mirrored = paired_difference(lost, gained, n, population=population)
+    assert mirrored == pytest.approx((-high, -low), abs=1e-9)
+    # Only a whole set is known exactly.
+    assert (low == high) == (more == 0)
+
+
+def test_without_a_disagreement_the_bound_is_exact() -> None:
+    assert paired_difference(0, 0, 300, population=10**6)[1] == pytest.approx(3 / 300, rel=0.01)
+    for n, population in ((10, 40), (100, 600), (599, 600)):
+        most = most_unseen(n, population=population)
+        unseen = stats.hypergeom.pmf(0, population, [most, most + 1], n)
+        assert most == 1 or unseen[0] >= 0.05
+        assert unseen[1] < 0.05
+        assert paired_difference(0, 0, n, population=population) == (
+            -most / population,
+            most / population,
+        )
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 0, 5), (0, 0, 6, 5), (-1, 0, 3, 5), (2, 2, 3, 5)])
+def test_impossible_samples_are_refused(numbers: tuple[int, int, int, int]) -> None:
+    gained, lost, n, population = numbers
+    with pytest.raises(ValueError, match="no sample"):
+        paired_difference(gained, lost, n, population=population)
+
+
+def test_the_whole_set_needs_no_estimate() -> None:
+    torch, device = wrong(3, 1, 40, 100)
+    found = corrected_uer(torch, device, np.arange(100))
+    assert found.value == found.low == found.high == pytest.approx(43 / 100)
+
+
+@pytest.mark.parametrize("population", [300, 1500])
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.9])
+@pytest.mark.parametrize(
+    ("gained", "lost"), [(0, 0), (0.005, 0), (0.01, 0.01), (0.05, 0.0), (0.1, 0.02)]
+)
+def test_the_interval_covers_the_truth(
+    population: int, fraction: float, gained: float, lost: float
+) -> None:
+    """Drawn as the harness draws: at least 95 % of the samples, less what 400 draws may miss."""
+    rng = np.random.default_rng(5)
+    torch, device = wrong(
+        round(gained * population), round(lost * population), population // 3, population
+    )
+    truth = device.mean()
+    n, draws, held = round(fraction * population), 400, 0
+    for _ in range(draws):
+        indices = rng.choice(population, size=n, replace=False)
+        found = corrected_uer(torch, device[indices], indices)
+        held += found.low - 1e-12 <= truth <= found.high + 1e-12
+    assert stats.binomtest(held, draws, 0.95, alternative="less").pvalue > 1e-3
+
+
+def test_it_is_far_more_precise_than_the_samples_own_rate() -> None:
+    """FACTS H: about 1,500 of 10,000 images give +-0.5 points at 1 % disagreement."""
+    low, high = paired_difference(8, 7, 1500, population=10_000)
+    assert 0.004 < (high - low) / 2 < 0.006
+    sampled = wilson(750, 1500)
+    assert (sampled[1] - sampled[0]) / 2 > 0.02
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(1, 0), (5, 1), (2, 9), (7, 7), (0, 12)])

@@ -13,12 +13,13 @@ from core_cases import (
     evaluation_set,
     latency_process,
     latency_run,
+    machine,
     model_record,
     prediction_run,
     uap_record,
 )
 
-from harness.metrics import wilson
+from harness.metrics import paired_difference, wilson
 from harness.records import ResultRow
 from harness.results import as_json, result_rows
 from harness.store import Store, open_store
@@ -31,7 +32,7 @@ TORCH_ATTACKED = (3, 1, 3, 3, 3, 2, 2, 3)  # wrong: 0 2 4 5; agrees with ATTACKE
 
 DESIGN_FIELDS = """
 variant method dataset preset width protocol device emulated runtime machine uap_source
-uap_sha256 attack seed eps target n clean_accuracy uer uer_low uer_high uer_corrected
+uap_sha256 attack seed eps target n n_of clean_accuracy uer uer_low uer_high uer_corrected
 uer_corrected_low uer_corrected_high evasion_on_correct fooling_rate tsr tsr_excl_target
 latency_p50_ms latency_p90_ms latency_verdict file_bytes params macs flops bops
 peak_rss_bytes torch_agreement uer_gap created_at git_commit
@@ -80,6 +81,7 @@ def test_the_row_of_a_clean_run(store: Store) -> None:
         "target": None,
         "evaluation_sha256": digest("evaluation"),
         "n": 8,
+        "n_of": 8,
         "clean_accuracy": 7 / 8,
         "clean_accuracy_low": low,
         "clean_accuracy_high": high,
@@ -248,3 +250,74 @@ def test_rows_follow_the_papers_order(store: Store) -> None:
         store.add_model(model_record(name, name))
     rows = plant(store, *(prediction_run(CLEAN, model=name) for name in names))
     assert [r.variant for r in rows] == ["full", "sfp", "pp2", "q2", "q4", "my_model"]
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+def of(values: tuple[int, ...], indices: tuple[int, ...]) -> dict[str, Any]:
+    """The predictions of some images of a complete run."""
+    return {"predictions": tuple(values[i] for i in indices), "indices": indices}
+
+
+def sampled(values: tuple[int, ...], indices: tuple[int, ...], **changes: Any) -> Any:
+    return prediction_run(**of(values, indices), **changes)
+
+
+def test_a_sample_is_compared_on_its_own_images_only(store: Store) -> None:
+    seen = (7, 0, 4, 2)
+    rows = plant(
+        store,
+        sampled(CLEAN, seen, device="rpi4"),
+        sampled(ATTACKED, seen, device="rpi4", uap="u"),
+        prediction_run(TORCH_CLEAN, runtime="torch"),
+        prediction_run(TORCH_ATTACKED, uap="u", runtime="torch"),
+    )
+    clean, attacked = (r for r in rows if r.device == "rpi4")
+    assert (clean.n, clean.n_of, clean.clean_accuracy) == (4, 8, 3 / 4)  # wrong: 7
+    assert clean.torch_agreement == 1.0  # they differ on 6, which is not seen
+    assert (attacked.n, attacked.n_of) == (4, 8)
+    assert (attacked.uer, attacked.clean_accuracy) == (3 / 4, 3 / 4)  # wrong: 0 2 7
+    assert (attacked.uer_low, attacked.uer_high) == wilson(3, 4)
+    assert attacked.evasion_on_correct == 2 / 3
+    assert attacked.fooling_rate == 2 / 4
+    assert attacked.torch_agreement == 2 / 4  # not on 4, 7
+    assert attacked.uer_gap == 0.0  # 4 gained by PyTorch, 7 by the device
+    assert attacked.uer_corrected == 4 / 8  # PyTorch on all eight, and no difference
+    low, high = paired_difference(1, 1, 4, population=8)
+    assert (attacked.uer_corrected_low, attacked.uer_corrected_high) == (
+        max(0.0, 0.5 + low),
+        min(1.0, 0.5 + high),
+    )
+
+
+def test_parts_of_a_sample_add_up_to_a_complete_row(store: Store) -> None:
+    plant(store, prediction_run(TORCH_ATTACKED, uap="u", runtime="torch"))
+    for n, part in ((3, (5, 0, 3)), (6, (1, 7, 2)), (8, (4, 6))):
+        row = next(
+            r for r in plant(store, sampled(ATTACKED, part, uap="u")) if r.runtime != "torch"
+        )
+        assert (row.n, row.uer_corrected is None) == (n, n == 8)
+    whole = plant(store, prediction_run(ATTACKED, uap="u", device="gpu"))
+    complete = next(r for r in whole if r.device == "gpu")
+    same = {"device": "local", "created_at": row.created_at}
+    assert as_json(row) == as_json(complete) | same
+
+
+def test_what_another_processor_or_runtime_predicted_does_not_mix(store: Store) -> None:
+    plant(store, sampled(CLEAN, (0, 1, 2)))
+    for change in ({"runtime_version": "1.33.0"}, {"cpu": "another CPU"}, {"arch": "aarch64"}):
+        (row,) = plant(store, sampled(CLEAN, (7, 3), machine=machine(**change)))
+        assert (row.n, row.clean_accuracy) == (2, 1 / 2)
+    (row,) = plant(store, prediction_run(CLEAN))
+    assert row.n == row.n_of == 8
+
+
+def test_pytorch_on_a_part_corrects_nothing(store: Store) -> None:
+    rows = plant(
+        store,
+        sampled(ATTACKED, (0, 1), uap="u", device="rpi4"),
+        sampled(TORCH_ATTACKED, (0, 1, 2), uap="u", runtime="torch"),
+    )
+    on_device = next(r for r in rows if r.device == "rpi4")
+    assert (on_device.torch_agreement, on_device.uer_corrected) == (1.0, None)

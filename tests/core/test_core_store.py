@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from core_cases import (
     evaluation_set,
     latency_process,
     latency_run,
-    machine,
     model_record,
     prediction_run,
     uap_record,
@@ -158,21 +158,79 @@ def test_an_evaluation_set_registered_again_becomes_the_current_one(store: Store
     assert list(store.evaluation_sets()) == [digest("other"), first]
 
 
-def test_an_evaluation_is_known_by_all_that_identifies_it(store: Store) -> None:
-    run = prediction_run(LABELS, uap="u")
+def test_the_runs_of_one_model_on_one_evaluation_set(store: Store) -> None:
+    store.add_model(model_record("q", "q4"))
+    store.add_evaluation_set(evaluation_set((0, 1), "other"))
+    mine = [prediction_run(LABELS), prediction_run(LABELS, uap="u", device="rpi4")]
+    others = [
+        prediction_run(LABELS, model="q"),
+        prediction_run((0, 1), evaluation_sha256=digest("other")),
+    ]
+    store.add_prediction_runs([mine[0], *others, mine[1]])
+    found = store.predictions_of(model_sha256=digest("m"), evaluation_sha256=digest("evaluation"))
+    assert [stored.run for stored in found] == mine
+
+
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.dictionaries(st.integers(0, 2**32 - 1), st.integers(0, 9), max_size=30))
+def test_the_positions_of_a_sample_round_trip(store: Store, sample: dict[int, int]) -> None:
+    run = prediction_run(tuple(sample.values()), indices=tuple(sample))
     store.add_prediction_runs([run])
-    asked: dict[str, Any] = {
-        "model_sha256": run.model_sha256,
-        "evaluation_sha256": run.evaluation_sha256,
-        "uap_sha256": run.uap_sha256,
-        "device": "local",
-        "runtime": "onnxruntime",
-        "runtime_version": machine().runtime_version,
-    }
-    assert store.has_prediction(**asked)
-    for name in asked:
-        assert not store.has_prediction(**asked | {name: "another"})
-    assert not store.has_prediction(**asked | {"uap_sha256": None})
+    assert store.predictions()[-1].run == run
+
+
+def test_a_sample_without_a_prediction_for_each_position_is_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="one prediction for each"):
+        store.add_prediction_runs([prediction_run((0, 1), indices=(4,))])
+    assert store.predictions() == []
+
+
+# --- older stores ---------------------------------------------------------------------------------
+
+
+def as_schema_1(path: Path) -> None:
+    """Turn a store without samples into what the first schema had written."""
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE prediction_run DROP COLUMN indices")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+
+
+def test_a_store_of_the_first_schema_is_brought_along_whole(tmp_path: Path, store: Store) -> None:
+    path = tmp_path / "results.db"
+    runs = [prediction_run(LABELS), prediction_run((3, 2, 1, 0), uap="u", runtime="torch")]
+    store.add_prediction_runs(runs)
+    store.add_latency_run(latency_run(latency_process((1, 2, 3))))
+    before = (store.predictions(), store.latencies(), store.models(), store.uaps())
+    store.close()
+    as_schema_1(path)
+    for _ in range(2):  # once by the migration, once as it is now
+        with open_store(path, create=False) as migrated:
+            assert before == (
+                migrated.predictions(),
+                migrated.latencies(),
+                migrated.models(),
+                migrated.uaps(),
+            )
+            migrated_version = migrated._db.execute("PRAGMA user_version").fetchone()[0]
+        assert migrated_version == SCHEMA_VERSION
+    with open_store(path) as migrated:
+        sample = prediction_run((1,), indices=(2,))
+        migrated.add_prediction_runs([sample])
+        assert [stored.run for stored in migrated.predictions()] == [*runs, sample]
+
+
+def test_two_that_open_an_old_store_at_once_migrate_it_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    open_store(path).close()
+    as_schema_1(path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: open_store(path).close(), range(8)))
+    with open_store(path) as store:
+        assert store.predictions() == []
 
 
 def test_a_reader_sees_whole_runs_while_a_writer_writes(tmp_path: Path, store: Store) -> None:

@@ -1,0 +1,183 @@
+"""Samples of an evaluation set: which images come first, what is known of them, when to stop.
+
+Enters: labels and a seed; stored prediction runs; a budget. Leaves: one order of the images for
+every model, of which every sample is a prefix; prediction runs put together; the next images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.metrics import UNSEEN, Classes
+from harness.records import Machine, PredictionRun
+from harness.store_rows import StoredPrediction
+
+Indices = npt.NDArray[np.int64]
+_STREAM = 0x5A3F1E
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one model's evaluation on a device may cost; neither: every image, however long."""
+
+    seconds: float | None = None
+    """Time inside the evaluation, set-up excluded; over all commands that add to the sample."""
+    until_ci: float | None = None
+    """Half-width of the UER's 95 % interval that is precise enough, in percentage points."""
+
+    @property
+    def limited(self) -> bool:
+        return self.seconds is not None or self.until_ci is not None
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What makes prediction runs one measurement, of the whole set or of a growing sample."""
+
+    model: str
+    evaluation: str
+    uap: str | None
+    device: str
+    emulated: bool
+    runtime: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Everything known of one measurement: its newest complete run, or its sample."""
+
+    key: RunKey
+    machine: Machine
+    predictions: Classes
+    """int64 [N], in the order of the evaluation set; `UNSEEN` where an image was not evaluated."""
+    seconds: float
+    created_at: str
+    git_commit: str | None
+
+    @property
+    def seen(self) -> Indices:
+        """Positions that were evaluated, ascending."""
+        return np.flatnonzero(self.predictions != UNSEEN)
+
+
+def sample_order(labels: Classes, *, seed: int) -> Indices:
+    """All positions, in a random order whose every prefix has the classes in their proportion.
+
+    Each class is shuffled and spread evenly over the order from a random start, so that a prefix
+    of n images holds floor or ceil of n times a class's share, give or take one.
+
+    Args:
+        labels: int64 [N].
+        seed: of the workspace: the same images for every model and perturbation.
+    """
+    generator = np.random.default_rng([seed, _STREAM])
+    place = np.empty(labels.size)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        place[members] = (np.arange(members.size) + generator.random()) / members.size
+    return np.argsort(place, kind="stable")
+
+
+def key_of(run: PredictionRun) -> RunKey:
+    """The measurement that a run belongs to."""
+    return RunKey(
+        run.model_sha256,
+        run.evaluation_sha256,
+        run.uap_sha256,
+        run.device,
+        run.emulated,
+        run.runtime,
+    )
+
+
+def same_machine(first: Machine, second: Machine) -> bool:
+    """Whether predictions of both belong together: the same processor and runtime."""
+    return _identity(first) == _identity(second)
+
+
+def merged(stored: Iterable[StoredPrediction], *, images: dict[str, int]) -> dict[RunKey, Merged]:
+    """Prediction runs, oldest first, put together by measurement.
+
+    A complete run replaces what was before it. A sample adds to what the same processor and
+    runtime predicted before; another's replaces it. What was predicted twice counts once, as it
+    was the last time.
+
+    Args:
+        stored: runs, oldest first.
+        images: size of every evaluation set, by sha256.
+    """
+    groups: dict[RunKey, list[StoredPrediction]] = {}
+    for item in stored:
+        group = groups.setdefault(key_of(item.run), [])
+        if group and (
+            item.run.indices is None or not same_machine(group[-1].run.machine, item.run.machine)
+        ):
+            group.clear()
+        group.append(item)
+    return {key: _merge(key, group, images[key.evaluation]) for key, group in groups.items()}
+
+
+def _merge(key: RunKey, group: list[StoredPrediction], images: int) -> Merged:
+    predictions = np.full(images, UNSEEN, dtype=np.int64)
+    for item in group:
+        where = slice(None) if item.run.indices is None else np.asarray(item.run.indices)
+        predictions[where] = item.run.predictions
+    last = group[-1]
+    return Merged(
+        key=key,
+        machine=last.run.machine,
+        predictions=predictions,
+        seconds=sum(item.run.seconds for item in group),
+        created_at=last.created_at,
+        git_commit=last.git_commit,
+    )
+
+
+def _identity(machine: Machine) -> tuple[str, str, str]:
+    return machine.arch, machine.cpu, machine.runtime_version
+
+
+# --- how far to go -------------------------------------------------------------------------------
+
+
+def lead(order: Indices, predictions: Classes) -> int:
+    """How many images at the head of `order` were evaluated."""
+    unseen = np.flatnonzero(predictions[order] == UNSEEN)
+    return int(unseen[0]) if unseen.size else order.size
+
+
+def behind(
+    leads: Sequence[int], seconds: Sequence[float], *, images: int, budget: Budget
+) -> list[int]:
+    """Which of several measurements want the next images; none when the sample is finished.
+
+    Those that lead least go on, so that all keep to the same images. Each has an equal part of
+    the budget, and goes on while one image more fits into it.
+
+    Args:
+        leads: images at the head of the order that each has.
+        seconds: what each has taken.
+        images: how many there are.
+        budget: of all of them together; its interval is the caller's to judge.
+    """
+    least = min(leads)
+    if least == images:
+        return []
+    last = [i for i, at in enumerate(leads) if at == least]
+    return last if least == 0 or seconds_left(leads, seconds, last, budget=budget) >= 0 else []
+
+
+def seconds_left(
+    leads: Sequence[int], seconds: Sequence[float], last: Sequence[int], *, budget: Budget
+) -> float:
+    """What is left of the part of `last` after one image more; infinite without a limit."""
+    if budget.seconds is None:
+        return math.inf
+    spent = sum(seconds[i] for i in last)
+    one_more = spent / max(1, min(leads[i] for i in last))
+    return budget.seconds * len(last) / len(leads) - spent - one_more
