@@ -15,6 +15,7 @@ from devices.conversation import REPLY_TIMEOUT_S
 from devices.emulator_archive import SetupFailed
 from devices.emulator_parts import ARCHITECTURE
 from devices.emulator_setup import RECIPE, Emulator, find_emulator, set_up
+from devices.instructions import instruction_counter
 from devices.local import RUNNER
 from devices.process import ProcessTransport
 from devices.profiles import Profile, user_folder
@@ -60,6 +61,17 @@ class EmulatedDevice:
             DeviceUnreachable: the emulator cannot be set up, or the runner does not answer.
         """
         return self._open()
+
+    def instructions(self, model: Path) -> int:
+        """ARM instructions of one inference of an ONNX file, batch 1, one thread. Not a time.
+
+        Raises:
+            UsageError: not a model that can be run.
+            HarnessError: nothing here can count, or the emulator failed.
+        """
+        python = emulated_python(self.profile, on_progress=self._on_progress)
+        folder = emulator_folder(self.profile).parent / "counter"
+        return instruction_counter(folder, progress=self._on_progress).count(model, python=python)
 
     @contextmanager
     def _open(self) -> Iterator[DeviceSession]:

@@ -228,6 +228,8 @@ class Latency:
     load_ms: float
     first_ms: float
     rss_peak_bytes: int | None
+    energy_mj: float | None
+    """Of one inference, whatever else the board did meanwhile included; None without a sensor."""
 
 
 def summarise_latency(processes: Sequence[LatencyProcess], *, cores: int) -> Latency:
@@ -255,7 +257,26 @@ def summarise_latency(processes: Sequence[LatencyProcess], *, cores: int) -> Lat
         load_ms=float(np.median([p.load_ns for p in processes])) / 1e6,
         first_ms=float(np.median([p.first_ns for p in processes])) / 1e6,
         rss_peak_bytes=max(rss) if rss else None,
+        energy_mj=_energy_mj(processes),
     )
+
+
+def _energy_mj(processes: Sequence[LatencyProcess]) -> float | None:
+    """Median over processes of the sensor's energy per run, in millijoules."""
+    found = [_energy_of(process) for process in processes]
+    known = [value for value in found if value is not None]
+    return float(np.median(known)) if known and len(known) == len(found) else None
+
+
+def _energy_of(process: LatencyProcess) -> float | None:
+    """A counter's difference, or mean power times the time it was read over; None without."""
+    counted = [r["energy_uj"] for r in process.telemetry if r.get("energy_uj") is not None]
+    if len(counted) > 1 and counted[-1] > counted[0]:  # a counter that wrapped says nothing
+        return float(counted[-1] - counted[0]) / len(process.samples_ns) / 1e3
+    power_uw = [r["power_uw"] for r in process.telemetry if r.get("power_uw") is not None]
+    if len(power_uw) > 1:
+        return float(np.mean(power_uw)) * sum(process.samples_ns) / len(process.samples_ns) / 1e12
+    return None
 
 
 def _percentile(samples_ms: npt.NDArray[np.float64], q: float) -> float | None:

@@ -249,8 +249,7 @@ class PredictionRun:
     predictions: tuple[int, ...]
     seconds: float
     indices: tuple[int, ...] | None = None
-    """Positions in the evaluation set that the predictions are of; None for all, in order. Runs
-    of one measurement add up: a sample grows run by run (`harness.sampling.merged`)."""
+    """Positions in the evaluation set; None for all. Samples add up (`harness.sampling`)."""
 
 
 @dataclass(frozen=True)
@@ -334,6 +333,8 @@ class ResultRow:
     latency_p90_ms: float | None
     latency_verdict: str | None
     latency_mode: str | None
+    energy_mj: float | None
+    instructions: int | None
     file_bytes: int | None
     params: int | None
     macs: int | None

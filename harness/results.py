@@ -33,7 +33,7 @@ def result_rows(store: Store) -> list[ResultRow]:
     models, uaps = store.models(), store.uaps()
     measured = current_runs(store)
     evaluation_sets = store.evaluation_sets()
-    latencies = latest_latencies(store)
+    latencies, instructions = latest_latencies(store), store.instruction_counts()
     rows = [
         _row(
             run,
@@ -42,6 +42,7 @@ def result_rows(store: Store) -> list[ResultRow]:
             uap=uaps[key.uap] if key.uap is not None else None,
             evaluation=evaluation_sets[key.evaluation],
             latency=(None if key.emulated else latencies.get((key.model, key.device, key.runtime))),
+            instructions=instructions.get((key.model, key.device)) if key.emulated else None,
         )
         for key, run in measured.items()
     ]
@@ -92,6 +93,7 @@ def _row(
     uap: UapRecord | None,
     evaluation: EvaluationSet,
     latency: tuple[str, Latency] | None,
+    instructions: int | None,
 ) -> ResultRow:
     key, seen = run.key, run.seen
     all_labels = np.asarray(evaluation.labels, dtype=np.int64)
@@ -163,6 +165,8 @@ def _row(
         latency_p90_ms=timing.p90_ms if timing else None,
         latency_verdict=timing.verdict if timing else None,
         latency_mode=mode,
+        energy_mj=timing.energy_mj if timing else None,
+        instructions=instructions,
         file_bytes=cost.file_bytes if cost else None,
         params=cost.params if cost else None,
         macs=cost.macs if cost else None,

@@ -36,9 +36,15 @@ from harness.store_rows import (
     uap_of,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_SCHEMA = """
+_INSTRUCTION_COUNT = """
+CREATE TABLE instruction_count (
+    model_sha256 TEXT NOT NULL REFERENCES model, device TEXT NOT NULL,
+    runtime_version TEXT NOT NULL, instructions INTEGER NOT NULL, created_at TEXT NOT NULL,
+    PRIMARY KEY (model_sha256, device, runtime_version))"""
+
+_SCHEMA = f"""
 CREATE TABLE evaluation_set (
     sha256 TEXT PRIMARY KEY, dataset TEXT NOT NULL, classes TEXT NOT NULL, labels BLOB NOT NULL,
     image_shape TEXT NOT NULL, examples BLOB NOT NULL, note TEXT NOT NULL,
@@ -65,8 +71,12 @@ CREATE TABLE latency_run (
     device TEXT NOT NULL, emulated INTEGER NOT NULL, runtime TEXT NOT NULL, machine TEXT NOT NULL,
     mode TEXT NOT NULL, threads INTEGER NOT NULL, processes TEXT NOT NULL,
     created_at TEXT NOT NULL, git_commit TEXT);
+{_INSTRUCTION_COUNT};
 """
-_MIGRATIONS = {1: "ALTER TABLE prediction_run ADD COLUMN indices BLOB"}
+_MIGRATIONS = {
+    1: "ALTER TABLE prediction_run ADD COLUMN indices BLOB",
+    2: _INSTRUCTION_COUNT,
+}
 """Schema -> the statement that makes it the next one. Nothing stored is lost or rewritten."""
 
 
@@ -207,6 +217,16 @@ class Store:
                 ),
             )
 
+    def add_instruction_count(
+        self, model_sha256: str, *, device: str, runtime_version: str, instructions: int
+    ) -> None:
+        """Store how many instructions one inference takes on an emulated device."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO instruction_count VALUES (?,?,?,?,?)",
+                (model_sha256, device, runtime_version, instructions, _now()),
+            )
+
     def _next(self, table: Literal["model", "uap", "evaluation_set"]) -> int:
         query = f"SELECT coalesce(max(registered), 0) + 1 FROM {table}"  # noqa: S608 - literals
         return int(self._db.execute(query).fetchone()[0])
@@ -256,6 +276,11 @@ class Store:
         return [
             latency_of(row) for row in self._db.execute("SELECT * FROM latency_run ORDER BY id")
         ]
+
+    def instruction_counts(self) -> dict[tuple[str, str], int]:
+        """(model sha256, device) -> instructions of one inference, the newest count."""
+        rows = self._db.execute("SELECT * FROM instruction_count ORDER BY created_at, rowid")
+        return {(row["model_sha256"], row["device"]): int(row["instructions"]) for row in rows}
 
 
 def open_store(path: Path, *, create: bool = True, git_commit: str | None = None) -> Store:

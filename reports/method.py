@@ -5,6 +5,7 @@ Enters: a `View`. Leaves: labelled facts and small tables of text, escaped where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.records import CONTROLS, ResultRow
@@ -205,6 +206,12 @@ def device_comparison(view: View) -> TextTable | None:
     """Each variant on each device; None when there is one device."""
     if len(view.devices) < 2:
         return None
+    everywhere = [v.any_row for device in view.devices for v in view.by_device[device]]
+    optional: list[tuple[str, Callable[[ResultRow], str]]] = []
+    if any(row.energy_mj is not None for row in everywhere):
+        optional.append(("Energy, mJ a run", lambda row: _millijoules(row.energy_mj)))
+    if any(row.instructions is not None for row in everywhere):
+        optional.append(("Arm instructions a run", lambda row: words.count(row.instructions)))
     rows = []
     for variant in view.variants:
         for device in view.devices:
@@ -222,11 +229,16 @@ def device_comparison(view: View) -> TextTable | None:
                     words.percent(other.worst.uer if other.worst else None),
                     words.percent(other.lowest_agreement),
                     words.milliseconds(other.any_row.latency_p50_ms),
+                    *(cell(other.any_row) for _, cell in optional),
                 )
             )
     head = ("Variant", "Device", "Images", "Clean accuracy", "White-box UER", "Worst UER",
             "Torch agreement (lowest)", "Latency p50")  # fmt: skip
-    return TextTable(head, tuple(rows))
+    return TextTable((*head, *(title for title, _ in optional)), tuple(rows))
+
+
+def _millijoules(value: float | None) -> str:
+    return words.DASH if value is None else f"{value:.3g}"
 
 
 def _images(row: ResultRow) -> str:

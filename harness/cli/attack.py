@@ -72,6 +72,11 @@ if TYPE_CHECKING:
     type=click.Choice(["none", "quick", "full"]),
     help="Also time the models, batch 1.  [default: quick on a board, else none]",
 )
+@click.option(
+    "--instructions",
+    is_flag=True,
+    help="Also count the instructions of one inference, on an emulated device: no time.",
+)
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -86,6 +91,7 @@ def attack_device(
     budget_s: float | None,
     until_ci: float | None,
     latency: LatencyMode | None,
+    instructions: bool,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -133,6 +139,7 @@ def attack_device(
         budget_s=budget_s,
         until_ci=until_ci,
         latency=latency or _default_latency(device),
+        instructions=instructions,
     )
     if dry_run:
         print_plan(context, tasks, as_json=as_json)

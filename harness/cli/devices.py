@@ -183,17 +183,14 @@ def count(name: str, models: tuple[Path, ...], as_json: bool) -> None:
     Examples:
       harness devices count rpi4 cache/full.onnx cache/q4.onnx
     """
-    from devices.emulated import emulated_python, emulator_folder
-    from devices.instructions import instruction_counter
-    from devices.registry import profile_named
+    from devices.emulated import EmulatedDevice
+    from devices.registry import device_named
     from harness.records import UsageError
 
-    profile = profile_named(name)
-    if not profile.emulated:
+    device = device_named(name)
+    if not isinstance(device, EmulatedDevice):
         raise UsageError(f"{name} is not emulated: instructions are counted by an emulator")
-    python = emulated_python(profile, on_progress=_say)
-    counter = instruction_counter(emulator_folder(profile).parent / "counter", progress=_say)
-    counts = {str(model): counter.count(model, python=python) for model in models}
+    counts = {str(model): device.instructions(model) for model in models}
     if as_json:
         rows = [{"model": model, "instructions_per_image": n} for model, n in counts.items()]
         click.echo(json.dumps(rows, indent=2))

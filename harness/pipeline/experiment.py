@@ -21,6 +21,7 @@ from harness.pipeline.evaluation import (
     register,
 )
 from harness.pipeline.exports import export_tasks
+from harness.pipeline.instructions import instructions_task
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
 from harness.pipeline.uaps import (
@@ -107,6 +108,7 @@ def attack_tasks(
     budget_s: float | None = None,
     until_ci: float | None = None,
     latency: LatencyMode = "none",
+    instructions: bool = False,
 ) -> tuple[list[Task], list[Victim], list[Path]]:
     """Attack some victims on a device with the UAPs the user named, building what is missing.
 
@@ -119,6 +121,7 @@ def attack_tasks(
         budget_s: seconds for all victims together; None with no `until_ci`: the device's own.
         until_ci: half-width in percentage points of the UER's interval that is enough.
         latency: whether, and how long, to time the victims afterwards.
+        instructions: whether to count those of one inference, on an emulated device.
 
     Returns:
         (tasks, victims, UAP files in the order given).
@@ -152,6 +155,8 @@ def attack_tasks(
     tasks += [evaluate_task(context, victim, paths, device, budget) for victim in victims]
     if latency != "none":
         tasks.append(latency_task(context, victims, device, uap=paths[0], mode=latency))
+    if instructions:
+        tasks.append(instructions_task(context, victims, device))
     return tasks, victims, paths
 
 

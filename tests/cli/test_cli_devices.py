@@ -157,3 +157,23 @@ def test_attacking_a_variant_on_the_emulated_board(run: Run, workspace: Path) ->
 )
 def test_lengths_of_time(text: str, seconds: float) -> None:
     assert DURATION.convert(text, None, None) == seconds
+
+
+@pytest.mark.arm
+@pytest.mark.usefixtures("emulated_rpi4")
+def test_instructions_have_a_column_of_their_own(run: Run, workspace: Path) -> None:
+    command = ("attack-device", "--uap", "cache/full_eps4.pt", "--model", "q2", "--json")
+    counted = run(*command, "--device", "rpi4", "--instructions", cwd=workspace)
+    if counted.code == 1 and "count" in counted.err:
+        pytest.skip(counted.err.splitlines()[-1])
+    rows = json.loads(succeeded(counted).out)
+    counts = {row["instructions"] for row in rows}
+    assert len(counts) == 1
+    assert counts.pop() > max(row["macs"] for row in rows) / 16
+    assert {row["latency_p50_ms"] for row in rows} == {None}
+    # Counted once; on a device that is not emulated there is nothing to count.
+    again = succeeded(run(*command, "--device", "rpi4", "--instructions", cwd=workspace))
+    assert "count instructions" not in again.err
+    refused = run(*command, "--device", "local", "--instructions", cwd=workspace)
+    assert refused.code == 2
+    assert "not emulated" in refused.err

@@ -286,3 +286,20 @@ def test_verdicts_and_their_reasons(
 def test_a_latency_run_without_samples_is_refused(processes: list[Any]) -> None:
     with pytest.raises(ValueError, match="at least one process"):
         summarise_latency(processes, cores=2)
+
+
+# --- energy --------------------------------------------------------------------------------------
+
+
+def test_energy_is_per_run_and_only_from_a_sensor() -> None:
+    assert summarise_latency([process_of(4)], cores=2).energy_mj is None
+    counter = [{"energy_uj": 1_000}, {"energy_uj": 5_000}, {"energy_uj": 9_000}]
+    counted = process_of(4, telemetry=tuple(counter))
+    assert summarise_latency([counted], cores=2).energy_mj == pytest.approx(8_000 / 4 / 1e3)
+    # 2 W over runs of 1, 2, 3 and 4 ms: 2.5 ms and 5 mJ each.
+    power = process_of(4, telemetry=({"power_uw": 1_000_000}, {"power_uw": 3_000_000}))
+    assert summarise_latency([power], cores=2).energy_mj == pytest.approx(5.0)
+    # A counter that wrapped, or a process without the sensor: nothing is claimed.
+    wrapped = process_of(4, telemetry=({"energy_uj": 9_000}, {"energy_uj": 10}))
+    assert summarise_latency([wrapped], cores=2).energy_mj is None
+    assert summarise_latency([counted, process_of(4)], cores=2).energy_mj is None

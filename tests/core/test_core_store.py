@@ -194,6 +194,7 @@ def as_schema_1(path: Path) -> None:
     """Turn a store without samples into what the first schema had written."""
     connection = sqlite3.connect(path)
     connection.execute("ALTER TABLE prediction_run DROP COLUMN indices")
+    connection.execute("DROP TABLE instruction_count")
     connection.execute("PRAGMA user_version = 1")
     connection.commit()
     connection.close()
@@ -300,3 +301,12 @@ def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
     path.touch()
     with open_store(path) as store:
         assert store.models() == {}
+
+
+def test_the_newest_instruction_count_of_a_model_on_a_device(store: Store) -> None:
+    assert store.instruction_counts() == {}
+    for version, instructions in (("1.31", 7), ("1.32", 8), ("1.32", 9)):
+        store.add_instruction_count(
+            digest("m"), device="rpi4", runtime_version=version, instructions=instructions
+        )
+    assert store.instruction_counts() == {(digest("m"), "rpi4"): 9}
