@@ -16,7 +16,8 @@ from typing import Any, get_args, get_type_hints
 
 from harness.records import BLOCKS_PER_STAGE, UsageError
 
-ATTACKS = ("sgd",)
+ATTACKS = ("momentum", "sgd")
+"""`momentum`: the strongest here (docs/adr/0007); `sgd`: the paper's."""
 PROTOCOLS = ("clean", "paper")
 MIN_EPS_255, MAX_EPS_255 = 1.0, 255.0
 """A device receives whole pixel levels: less than one of them is nothing."""
@@ -76,6 +77,10 @@ class CraftConfig:
     """Step of one update, as a fraction of eps."""
     beta: float = 8.0
     """Each sample's loss is clamped here, so that no single image dominates."""
+    inner_batch: int = 32
+    """Attack `momentum`: images of one step, in place of `batch_size`; fewer make more steps."""
+    momentum: float = 0.8
+    """Attack `momentum`: what is kept of the steps before."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def _quickstart(dataset: str | None) -> Config:
         dataset=dataset or "digits",
         width=8,
         preset="quickstart",
+        attack="momentum",
         train=TrainConfig(
             # Fewer epochs or a lower rate leave SFP with mixup unsettled on some seeds (ADR 0004).
             epochs=11,
@@ -156,7 +162,7 @@ def _quickstart(dataset: str | None) -> Config:
             pp_epochs=1,
             apot_epochs=2,
         ),
-        craft=CraftConfig(attack_images=256, epochs=3, batch_size=64),
+        craft=CraftConfig(attack_images=256, epochs=3, batch_size=64, inner_batch=8),
         export=ExportConfig(align=1),
         eval=EvalConfig(images=600),
         latency=LatencyConfig(mode="quick"),
@@ -200,7 +206,10 @@ def config_from_dict(values: dict[str, Any], *, where: str = "harness.toml") -> 
         raise UsageError(f"{where}: preset must be text, got {preset!r}")
     if dataset is not None and not isinstance(dataset, str):
         raise UsageError(f"{where}: dataset must be text, got {dataset!r}")
-    config = _overlay(preset_named(preset, dataset=dataset), values, where=where, prefix="")
+    base = preset_named(preset, dataset=dataset)
+    if values.get("protocol") == "paper":
+        base = replace(base, attack="sgd")  # the authors' protocol is of the authors' attack
+    config = _overlay(base, values, where=where, prefix="")
     assert isinstance(config, Config)
     _check(config, where)
     return config
@@ -327,6 +336,8 @@ def _check(config: Config, where: str) -> None:
             all(t >= 0 for t in craft.targets), "craft.targets", list(craft.targets), "not negative"
         )
     need(craft.attack_images >= 1, "craft.attack_images", craft.attack_images, "at least 1")
+    need(craft.inner_batch >= 1, "craft.inner_batch", craft.inner_batch, "at least 1")
+    need(0 < craft.momentum < 1, "craft.momentum", craft.momentum, "in (0, 1)")
     need(craft.step > 0, "craft.step", craft.step, "above 0")
     need(craft.beta > 0, "craft.beta", craft.beta, "above 0")
     need(config.export.align >= 1, "export.align", config.export.align, "at least 1")

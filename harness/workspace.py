@@ -20,7 +20,8 @@ from harness.config import Config, load_config, to_toml
 from harness.records import CONTROLS, HarnessError, UsageError
 
 CONFIG_NAME = "harness.toml"
-DEFAULT_ATTACK = "sgd"
+DEFAULT_ATTACK = ""
+"""The workspace's own, as `harness.toml` says: its files carry no attack in their names."""
 DEFAULT_SEED = 0
 
 _UAP_NAME = re.compile(

@@ -143,10 +143,7 @@ def _uap_names(
             continue
         for budget in eps or (config.craft.transfer_eps,):
             chosen = targets if targets and not control else (None,)
-            names += [
-                UapName(source, budget, target=t, attack=config.attack, seed=config.seed)
-                for t in chosen
-            ]
+            names += [UapName(source, budget, target=t, seed=config.seed) for t in chosen]
     return names
 
 

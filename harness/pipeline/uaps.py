@@ -1,21 +1,29 @@
-"""Stage `craft`: checkpoint -> universal adversarial perturbation.
+"""Stage `craft`: checkpoint -> universal adversarial perturbations, a source's in one pass.
 
 Enters: a variant's checkpoint and the attack split. Leaves: `cache/<source>_eps<E>[_t<T>].pt`.
 Under protocol `clean` the model that is attacked is the deployed form: what is crafted on is what
 ships. Under `paper` it is the trained model, as it was for the authors.
+
+There is a task for every file, but the first task of a source crafts all that the source lacks;
+the others find theirs made. Sources are crafted side by side, each on one thread.
 """
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import zlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from harness.artefacts import cache_key
-from harness.config import MAX_EPS_255, MIN_EPS_255
+from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255, CraftConfig
+from harness.crafting.momentum import MomentumSettings, selection_images
 from harness.crafting.perturbation import (
     Perturbation,
     chessboard,
@@ -25,11 +33,17 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.sgd import Request, SgdSettings, craft_sgd
+from harness.crafting.sgd import SgdSettings
+from harness.crafting.together import Crafted, Job, Request, craft_together, planned_steps
 from harness.data.dataset import Split
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.checkpoints import checkpoint_key, deployed_form, valid_checkpoint
-from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
+from harness.pipeline.checkpoints import (
+    checkpoint_key,
+    deployed_form,
+    task_name,
+    valid_checkpoint,
+)
+from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.records import CONTROLS, UsageError, variant_named
 from harness.workspace import UapName
@@ -66,7 +80,12 @@ def control_names(context: Context) -> list[UapName]:
 
 def _name(context: Context, source: str, eps: float, target: int | None = None) -> UapName:
     config = context.config
-    return UapName(source, eps, target=target, attack=config.attack, seed=config.seed)
+    return UapName(source, eps, target=target, seed=config.seed)
+
+
+def attack_of(context: Context, name: UapName) -> str:
+    """What a perturbation is crafted with: the workspace's attack unless its name says another."""
+    return name.attack or context.config.attack
 
 
 def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
@@ -75,8 +94,23 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
     Raises:
         UsageError: a source, target, attack, budget or seed that does not exist.
     """
-    loaded = _LoadedModel(context)
-    return [_craft_task(context, name, loaded) for name in names]
+    for name in names:
+        _check_name(context, name)
+    tasks: list[Task] = []
+    passes: dict[tuple[str, str, bool], _Pass] = {}
+    for name in names:
+        if name.source in CONTROLS:
+            tasks.append(_control_task(context, name))
+            continue
+        settings = settings_of(context, name)
+        # A pass has one rule: under protocol `paper`, targeted runs may have another.
+        group = (name.source, attack_of(context, name), settings.batch_statistics)
+        if group not in passes:
+            passes[group] = _Pass(context, settings)
+        passes[group].names.append(name)
+    for craft_pass in passes.values():
+        tasks += craft_pass.tasks()
+    return tasks
 
 
 def uap_key(context: Context, name: UapName) -> str:
@@ -89,11 +123,11 @@ def uap_key(context: Context, name: UapName) -> str:
     return cache_key(
         "craft",
         VERSION,
-        attack=name.attack,
+        attack=attack_of(context, name),
         eps=name.eps,
         target=name.target,
         seed=name.seed,
-        settings=asdict(_settings(context, name)),
+        settings=asdict(settings_of(context, name)),
         labels=labels,
         source=checkpoint_key(context, variant_named(name.source)),
         images=context.data.digests["evaluation" if paper else "attack"],
@@ -121,28 +155,7 @@ def valid_uap(context: Context, name: UapName) -> bool:
     return perturbation.meta.get("checkpoint_sha256") == checkpoint_sha256
 
 
-@dataclass
-class _LoadedModel:
-    """The deployed form of one source at a time: tasks of a source follow each other."""
-
-    context: Context
-    name: str = ""
-    model: nn.Module | None = None
-
-    def get(self, source: str) -> nn.Module:
-        if self.model is None or self.name != source:
-            checkpoint = load_checkpoint(self.context.workspace.checkpoint(source))
-            trained = checkpoint.build()
-            # The authors' protocol needs batch norm to be there; ours has it folded.
-            paper = self.context.config.protocol == "paper"
-            model = trained if paper else deployed_form(trained)
-            self.model = model.requires_grad_(requires_grad=False).to(self.context.accelerator)
-            self.name = source
-        return self.model
-
-
-def _craft_task(context: Context, name: UapName, loaded: _LoadedModel) -> Task:
-    control = name.source in CONTROLS
+def _check_name(context: Context, name: UapName) -> None:
     if not MIN_EPS_255 <= name.eps <= MAX_EPS_255:
         raise UsageError(
             f"{name.stem}: eps {name.eps:g} must be from {MIN_EPS_255:g} to {MAX_EPS_255:g} "
@@ -150,26 +163,73 @@ def _craft_task(context: Context, name: UapName, loaded: _LoadedModel) -> Task:
         )
     if name.seed >= MAX_SEED:
         raise UsageError(f"{name.stem}: seed {name.seed} must be below 2^31")
-    if control and name.target is not None:
-        raise UsageError(f"{name.stem}: a control has no target class")
-    if not control:
-        variant = variant_named(name.source)
-        if name.attack != context.config.attack:
-            raise UsageError(f"unknown attack {name.attack!r}: this version has sgd")
+    if name.source in CONTROLS:
+        if name.target is not None:
+            raise UsageError(f"{name.stem}: a control has no target class")
+        return
+    variant_named(name.source)
+    if name.attack == context.config.attack:
+        plain = replace(name, attack="").stem
+        raise UsageError(f"{name.stem}: {name.attack} is this workspace's attack: name it {plain}")
+    if attack_of(context, name) not in ATTACKS:
+        known = ", ".join(ATTACKS)
+        raise UsageError(f"{name.stem}: unknown attack {name.attack!r}; this version has {known}")
     if name.target is not None and name.target >= len(context.data.classes):
         n_classes = len(context.data.classes)
         raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
-    craft = context.config.craft
-    images = _craft_split(context)
+
+
+def _control_task(context: Context, name: UapName) -> Task:
     return Task(
         stage="craft",
         name=f"craft {name.stem}",
-        work=0.0 if control else CRAFT_COST[variant.method] * craft.epochs * len(images),
+        work=0.0,
         is_done=lambda: valid_uap(context, name),
-        run=lambda progress: (
-            _make_control(context, name) if control else _craft(context, name, loaded, progress)
-        ),
+        run=lambda _progress: _make_control(context, name),
+        side_by_side=True,
     )
+
+
+@dataclass
+class _Pass:
+    """The perturbations of one source: whichever task runs first crafts all that are missing."""
+
+    context: Context
+    settings: SgdSettings | MomentumSettings
+    names: list[UapName] = field(default_factory=list)
+    _made: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tasks(self) -> list[Task]:
+        """One task a perturbation: the first that is missing stands for the work of all."""
+        context, variant = self.context, variant_named(self.names[0].source)
+        work = CRAFT_COST[variant.method] * self.settings.epochs * len(_craft_split(context))
+        missing = [name for name in self.names if not valid_uap(context, name)]
+        first = missing[0] if missing else self.names[0]
+
+        def task(name: UapName) -> Task:
+            before = () if name is first else (f"craft {first.stem}",)
+            share = 0 if name in missing[1:] else max(1, len(missing)) if name is first else 1
+            return Task(
+                stage="craft",
+                name=f"craft {name.stem}",
+                work=work * share,
+                # What this very pass made was not there before: its task is run, in no time.
+                is_done=lambda: name.stem not in self._made and valid_uap(context, name),
+                run=self._run,
+                side_by_side=True,
+                after=(task_name(name.source), *before),
+            )
+
+        return [task(name) for name in self.names]
+
+    def _run(self, progress: Progress) -> None:
+        with self._lock:
+            missing = [n for n in self.names if not valid_uap(self.context, n)]
+            if missing:
+                partial = self.context.workspace.partial(f"craft_{self.names[0].stem}")
+                _craft(self.context, missing, self.settings, partial, progress)
+                self._made.update(name.stem for name in missing)
 
 
 def _craft_split(context: Context) -> Split:
@@ -177,67 +237,114 @@ def _craft_split(context: Context) -> Split:
     return data.evaluation if context.config.protocol == "paper" else data.attack
 
 
-def _settings(context: Context, name: UapName) -> SgdSettings:
+def settings_of(context: Context, name: UapName) -> SgdSettings | MomentumSettings:
+    """How a perturbation is crafted, of the configuration, the protocol and its name."""
     craft = context.config.craft
     paper = context.config.protocol == "paper"
     # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
     quantised = variant_named(name.source).method == "apot"
     in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
+    make = _SETTINGS[attack_of(context, name)]
+    return make(craft, len(_craft_split(context)), paper, paper and in_train_mode)
+
+
+def _sgd_settings(craft: CraftConfig, _n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
     return SgdSettings(
         epochs=craft.epochs,
         batch_size=craft.batch_size,
         step=craft.step,
         beta=craft.beta,
         shuffle=not paper,
-        batch_statistics=paper and in_train_mode,
+        batch_statistics=batch_statistics,
     )
 
 
-def _craft(context: Context, name: UapName, loaded: _LoadedModel, progress: Progress) -> None:
-    use_cpu_threads(CPU_THREADS)
-    workspace, settings = context.workspace, _settings(context, name)
-    split = _craft_split(context)
-    key = uap_key(context, name)
-    checkpoint_sha256 = context.sha256(workspace.checkpoint(name.source))
-    partial = workspace.partial(f"craft_{name.stem}")
-    total, done = settings.epochs * len(split), 0
+def _momentum_settings(
+    craft: CraftConfig, n: int, paper: bool, batch_statistics: bool
+) -> MomentumSettings:
+    return MomentumSettings(
+        epochs=craft.epochs,
+        batch_size=craft.inner_batch,
+        step=craft.step,
+        beta=craft.beta,
+        momentum=craft.momentum,
+        shuffle=not paper,
+        batch_statistics=batch_statistics,
+        selection=selection_images(n),
+    )
+
+
+_SETTINGS: dict[str, Callable[[CraftConfig, int, bool, bool], SgdSettings | MomentumSettings]] = {
+    "sgd": _sgd_settings,
+    "momentum": _momentum_settings,
+}
+"""(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
+
+
+def _craft(
+    context: Context,
+    names: Sequence[UapName],
+    settings: SgdSettings | MomentumSettings,
+    partial: Path,
+    progress: Progress,
+) -> None:
+    use_cpu_threads(TRAIN_THREADS)
+    workspace, source, split = context.workspace, names[0].source, _craft_split(context)
+    keys = [uap_key(context, name) for name in names]
+    checkpoint_sha256 = context.sha256(workspace.checkpoint(source))
+    paper = context.config.protocol == "paper"
+    trained = load_checkpoint(workspace.checkpoint(source)).build()
+    # The authors' protocol needs batch norm to be there; ours has it folded.
+    model: nn.Module = trained if paper else deployed_form(trained)
+    steps = planned_steps(settings.rule, len(split))
+    total, done = settings.epochs * len(split) * len(names), 0
 
     def advance(images: int) -> None:
         nonlocal done
         done += images
-        progress(done / total, "")
+        progress(min(done / total, 1.0), f"{len(names)} at once" if len(names) > 1 else "")
 
-    crafted = craft_sgd(
-        loaded.get(name.source),
+    together = hashlib.sha256(" ".join(keys).encode()).hexdigest()
+    crafted = craft_together(
+        model.requires_grad_(requires_grad=False).to(context.accelerator),
         split,
-        Request(name.eps, name.target),
-        settings,
-        seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
-        key=f"{key} on {checkpoint_sha256}",
+        [
+            Job(
+                Request(name.eps, name.target),
+                seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
+            )
+            for name in names
+        ],
+        settings.rule,
+        key=f"{together} on {checkpoint_sha256}",
         partial=partial,
         device=context.accelerator,
         progress=advance,
     )
-    paper = context.config.protocol == "paper"
-    # The deployed perturbation is whole levels; rounding now makes every later step exact.
-    levels = crafted.delta_255 if paper else to_levels(crafted.delta_255, eps=name.eps)
-    perturbation = _perturbation(context, name, key, from_levels(levels))
-    perturbation = replace(
-        perturbation,
-        meta={
+    for name, key, found in zip(names, keys, crafted, strict=True):
+        # The deployed perturbation is whole levels; rounding now makes every later step exact.
+        levels = found.delta_255 if paper else to_levels(found.delta_255, eps=name.eps)
+        perturbation = _perturbation(context, name, key, from_levels(levels))
+        meta = {
             **perturbation.meta,
-            "attack": name.attack,
+            "attack": attack_of(context, name),
             "checkpoint_sha256": checkpoint_sha256,
             "settings": asdict(settings),
             "images": len(split),
-            "steps": settings.epochs * -(-len(split) // settings.batch_size),
-            "loss": list(crafted.loss),
-            "saturated_fraction": crafted.saturated_fraction,
-            "zero_gradient_fraction": crafted.zero_gradient_fraction,
-        },
-    )
-    save_perturbation(workspace.uap(name), perturbation)
+            "steps": steps,
+            **_what_was_seen(found),
+        }
+        save_perturbation(workspace.uap(name), replace(perturbation, meta=meta))
     partial.unlink(missing_ok=True)
+
+
+def _what_was_seen(found: Crafted) -> dict[str, object]:
+    return {
+        "loss": list(found.loss),
+        "saturated_fraction": found.saturated_fraction,
+        "zero_gradient_fraction": found.zero_gradient_fraction,
+        "chosen": found.chosen,
+    }
 
 
 def _make_control(context: Context, name: UapName) -> None:

@@ -17,8 +17,9 @@ from cli_cases import Outcome, Tiny, artefacts, contents, environment, raw_predi
 # Unfinished work is saved every few seconds; here every epoch, so that epochs of milliseconds are
 # continued from the middle too.
 SAVING_EVERY_EPOCH = """
-import harness.crafting.sgd, harness.training.loop
-harness.crafting.sgd.SAVE_INTERVAL_SECONDS = harness.training.loop.SAVE_INTERVAL_SECONDS = -1.0
+from harness.crafting import together
+from harness.training import loop
+together.SAVE_INTERVAL_SECONDS = loop.SAVE_INTERVAL_SECONDS = -1.0
 from harness.cli.main import main
 main()
 """

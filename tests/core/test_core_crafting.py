@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial, sha256_file
-from harness.crafting import sgd
+from harness.crafting import together
 from harness.crafting.perturbation import (
     Perturbation,
     check_fits,
@@ -32,7 +32,8 @@ from harness.crafting.perturbation import (
     to_levels,
     uap_record,
 )
-from harness.crafting.sgd import Crafted, Request, SgdSettings, craft_sgd
+from harness.crafting.sgd import SgdSettings, craft_sgd
+from harness.crafting.together import Crafted, Request, Rule
 from harness.inference import predict
 from harness.models.folded import fold
 from harness.models.integerise import integerise
@@ -41,6 +42,12 @@ from harness.records import UsageError
 SETTINGS = SgdSettings(
     epochs=3, batch_size=12, step=0.2, beta=8.0, shuffle=False, batch_statistics=False
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine a run would continue the one before it, which has the same key."""
+    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", 1e9)
 
 
 class Linear(nn.Module):
@@ -151,15 +158,17 @@ def test_crafting_is_the_papers_loop(
 @pytest.mark.parametrize("step", [0.2, 1.7])
 def test_every_iterate_stays_within_the_budget(eps: float, step: float, tmp_path: Path) -> None:
     deltas: list[Tensor] = []
-    original = sgd._batch_gradient
+    original = together._gradients
 
-    def recording(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, *, beta: float) -> Any:
-        deltas.append(delta.detach().clone())
-        return original(model, x, y, delta, beta=beta)
+    def recording(
+        model: nn.Module, images: Tensor, batch: Tensor, y: Tensor, delta: Tensor, rule: Rule
+    ) -> Any:
+        deltas.append(delta.detach()[0].clone())
+        return original(model, images, batch, y, delta, rule)
 
     settings = replace(SETTINGS, step=step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sgd, "_batch_gradient", recording)
+        patch.setattr(together, "_gradients", recording)
         crafted = craft(Linear(), tmp_path / "p.pt", Request(eps), settings)
     iterates = [*deltas, torch.from_numpy(crafted.delta_255)]
     assert len(iterates) == 3 * 4 + 1
@@ -292,7 +301,7 @@ class Killed(Exception):
 def test_killed_crafting_continues_to_the_very_same_perturbation(
     target: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sgd, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every epoch
+    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every step
     request, settings = Request(10.0, target), replace(SETTINGS, epochs=5, shuffle=True)
     model = fold(trained())
     expected = craft(model, tmp_path / "whole.pt", request, settings)
@@ -308,10 +317,10 @@ def test_killed_crafting_continues_to_the_very_same_perturbation(
             craft(model, partial, request, settings, progress=progress)
     state = read_partial(partial, key="mine")
     assert state is not None
-    assert state["epoch"] == 2
+    assert state["step"] == 13  # of 20: the step that was cut off is taken again
     counts: list[int] = []
     resumed = craft(model, partial, request, settings, progress=counts.append)
-    assert sum(counts) == 3 * 40
+    assert sum(counts) == 5 * 40 - (3 * 40 + 12)
     assert np.array_equal(resumed.delta_255, expected.delta_255)
     assert replace(resumed, delta_255=0) == replace(expected, delta_255=0)  # type: ignore[arg-type]
     other = craft(model, partial, request, settings, key="theirs")

@@ -12,7 +12,8 @@ import torch
 from harness.compression.variants import Build, build_variant
 from harness.config import preset_named
 from harness.crafting.perturbation import random_sign, to_levels
-from harness.crafting.sgd import Request, SgdSettings, craft_sgd
+from harness.crafting.sgd import SgdSettings, craft_sgd
+from harness.crafting.together import Request
 from harness.data.dataset import Dataset, Split, load_dataset
 from harness.inference import predict
 from harness.models.integerise import integerise

@@ -1,0 +1,51 @@
+"""The default attack: many small steps with momentum, whose size falls to nothing.
+
+Against the paper's SGD-UAP at the same number of gradient evaluations (docs/adr/0007): batches a
+fraction as large, so more steps; momentum over gradients brought to one size; a step that falls
+linearly; and a result that is chosen, on attack images, among the last iterate and two patterns
+nobody optimised, so that it does not lose to them.
+
+Enters: `harness.config.CraftConfig`'s numbers. Leaves: a rule for `harness.crafting.together`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.crafting.together import Rule
+
+MIN_SELECTION, MAX_SELECTION = 64, 1024
+
+
+@dataclass(frozen=True)
+class MomentumSettings:
+    """The attack's parameters; see `harness.config.CraftConfig`."""
+
+    epochs: int
+    batch_size: int
+    step: float
+    beta: float
+    momentum: float
+    shuffle: bool
+    batch_statistics: bool
+    selection: int
+
+    @property
+    def rule(self) -> Rule:
+        """The optimiser."""
+        return Rule(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            step=self.step,
+            beta=self.beta,
+            shuffle=self.shuffle,
+            batch_statistics=self.batch_statistics,
+            momentum=self.momentum,
+            decay=True,
+            selection=self.selection,
+        )
+
+
+def selection_images(n: int) -> int:
+    """How many of n attack images choose among the candidates: an eighth, within limits."""
+    return min(n, max(MIN_SELECTION, min(MAX_SELECTION, n // 8)))

@@ -1,0 +1,97 @@
+"""Which perturbations are crafted together, with which attack, and what their files are called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.config import Config, config_from_dict, preset_named
+from harness.pipeline.context import Context
+from harness.pipeline.uaps import (
+    attack_of,
+    control_names,
+    craft_tasks,
+    settings_of,
+    targeted_names,
+    uap_key,
+    white_box_names,
+)
+from harness.records import UsageError
+from harness.workspace import UapName, Workspace
+
+
+def context(root: Path, config: Config | None = None) -> Context:
+    return Context(Workspace(root, config or preset_named("quickstart")), torch.device("cpu"))
+
+
+def test_the_authors_attack_is_the_default_of_the_authors_protocol() -> None:
+    assert preset_named("quickstart").attack == "momentum"
+    assert preset_named("paper").attack == "sgd"
+    assert config_from_dict({"protocol": "paper"}).attack == "sgd"
+    assert config_from_dict({"protocol": "paper", "attack": "momentum"}).attack == "momentum"
+    assert config_from_dict({"attack": "sgd"}).attack == "sgd"
+    for bad in ({"craft": {"inner_batch": 0}}, {"craft": {"momentum": 1.0}}, {"attack": "sga"}):
+        with pytest.raises(UsageError):
+            config_from_dict(bad)
+
+
+def test_a_name_without_an_attack_is_the_workspaces_own(tmp_path: Path) -> None:
+    ours = context(tmp_path)
+    assert attack_of(ours, UapName("full", 10.0)) == "momentum"
+    assert attack_of(ours, UapName("full", 10.0, attack="sgd")) == "sgd"
+    paths = [task.name for task in craft_tasks(ours, [UapName("full", 10.0, attack="sgd")])]
+    assert paths == ["craft full_eps10_sgd"]
+    old = context(tmp_path, replace(preset_named("quickstart"), attack="sgd"))
+    plain, other = UapName("full", 10.0), UapName("full", 10.0, attack="sgd")
+    assert plain.stem == "full_eps10"
+    assert uap_key(old, plain) == uap_key(ours, other) != uap_key(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (UapName("full", 10.0, attack="momentum"), "workspace's attack: name it full_eps10"),
+        (UapName("full", 10.0, attack="sga"), "unknown attack 'sga'; this version has momentum, s"),
+    ],
+)
+def test_an_attack_that_cannot_be_named_is_refused(
+    name: UapName, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        craft_tasks(context(tmp_path), [name])
+
+
+def test_the_perturbations_of_a_source_are_one_pass(tmp_path: Path) -> None:
+    ours = context(tmp_path)
+    names = control_names(ours)
+    for source in ("full", "q4"):
+        names += white_box_names(ours, source) + targeted_names(ours, source)
+    tasks = craft_tasks(ours, names)
+    assert {task.name for task in tasks} == {f"craft {name.stem}" for name in names}
+    assert all(task.side_by_side for task in tasks)
+    for source in ("full", "q4"):
+        first, *others = [task for task in tasks if task.name.startswith(f"craft {source}_")]
+        assert first.after == (f"train {source}",)
+        assert {task.after for task in others} == {(f"train {source}", first.name)}
+        assert [task.work for task in others] == [0.0] * 15  # the first does it for all
+        assert first.work > 0
+
+
+def test_runs_with_batch_statistics_have_a_pass_of_their_own(tmp_path: Path) -> None:
+    paper = context(tmp_path, replace(preset_named("quickstart"), protocol="paper", attack="sgd"))
+    names = white_box_names(paper, "full") + targeted_names(paper, "full")
+    leaders = [task.name for task in craft_tasks(paper, names) if len(task.after) == 1]
+    assert leaders == ["craft full_eps2", "craft full_eps10_t0"]
+
+
+def test_the_default_attack_spends_what_the_paper_would(tmp_path: Path) -> None:
+    ours = context(tmp_path)
+    settings = settings_of(ours, UapName("full", 10.0))
+    assert settings.rule.selection == 64
+    assert settings.rule.batch_size == ours.config.craft.inner_batch == 8
+    theirs = settings_of(ours, UapName("full", 10.0, attack="sgd"))
+    assert theirs.rule.batch_size == 64
+    assert theirs.epochs == settings.epochs
