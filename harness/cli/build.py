@@ -130,7 +130,7 @@ def craft(
 def _uap_names(
     context: Context, sources: list[str], eps: tuple[float, ...], targets: tuple[int, ...]
 ) -> list[UapName]:
-    from harness.pipeline.uaps import targeted_names, white_box_names
+    from harness.pipeline.uap_names import targeted_names, white_box_names
     from harness.workspace import UapName
 
     config = context.config

@@ -24,13 +24,8 @@ from harness.pipeline.exports import export_tasks
 from harness.pipeline.instructions import instructions_task
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
-from harness.pipeline.uaps import (
-    control_names,
-    craft_tasks,
-    targeted_names,
-    transfer_name,
-    white_box_names,
-)
+from harness.pipeline.uap_names import control_names, targeted_names, transfer_name, white_box_names
+from harness.pipeline.uaps import craft_tasks
 from harness.records import (
     CONTROLS,
     DEPLOYABLE,

@@ -45,6 +45,7 @@ from harness.pipeline.checkpoints import (
 )
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, UsageError, variant_named
 from harness.workspace import UapName
 
@@ -53,39 +54,6 @@ MAX_SEED = 2**31
 """As in harness.toml."""
 CRAFT_COST = {"full": 2.2, "sfp": 2.2, "pp": 2.2, "apot": 4.5}
 """Forward passes that one image of one step costs: forward and input gradient."""
-
-
-def white_box_names(context: Context, source: str) -> list[UapName]:
-    """The untargeted UAPs of a source, one per budget of the configuration."""
-    craft = context.config.craft
-    budgets = sorted({*craft.eps, craft.transfer_eps})
-    return [_name(context, source, eps) for eps in budgets]
-
-
-def transfer_name(context: Context, source: str) -> UapName:
-    """The UAP of a source that goes into the transfer matrix."""
-    return _name(context, source, context.config.craft.transfer_eps)
-
-
-def targeted_names(context: Context, source: str) -> list[UapName]:
-    """The targeted UAPs of a source, one per target class."""
-    eps = context.config.craft.transfer_eps
-    return [_name(context, source, eps, target=target) for target in context.targets]
-
-
-def control_names(context: Context) -> list[UapName]:
-    """Random sign and chessboard at every budget."""
-    return [name for control in CONTROLS for name in white_box_names(context, control)]
-
-
-def _name(context: Context, source: str, eps: float, target: int | None = None) -> UapName:
-    config = context.config
-    return UapName(source, eps, target=target, seed=config.seed)
-
-
-def attack_of(context: Context, name: UapName) -> str:
-    """What a perturbation is crafted with: the workspace's attack unless its name says another."""
-    return name.attack or context.config.attack
 
 
 def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:

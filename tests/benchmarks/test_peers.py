@@ -55,7 +55,7 @@ from harness.models.resnet import ModelSpec, ResNet, build_model
 from harness.pipeline.checkpoints import train_tasks
 from harness.pipeline.context import Context
 from harness.pipeline.experiment import attack_tasks, register_current
-from harness.pipeline.uaps import transfer_name
+from harness.pipeline.uap_names import transfer_name
 from harness.results import result_rows
 from harness.workspace import CONFIG_NAME, Workspace, create_workspace, open_workspace
 

@@ -65,7 +65,7 @@ def test_export_makes_one_file_of_full_once(run: Run, workspace: Path) -> None:
     full = json.loads((workspace / "cache" / "full.json").read_text())
     assert manifest["cost"]["macs"] == full["cost"]["macs"]
     assert manifest["cost"]["file_bytes"] < full["cost"]["file_bytes"]
-    assert full.keys() - manifest.keys() == {"packed", "float_kernels", "other_widths"}
+    assert full.keys() - manifest.keys() == {"packed", "tuned_kernels", "other_widths"}
     again = succeeded(run(*EXPORT, cwd=workspace))
     assert artefacts(workspace) == first
     assert "2 already built and still valid" in again.err
