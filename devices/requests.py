@@ -6,6 +6,7 @@ were checked: the device is not trusted. Each request may be repeated after a lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,13 +177,41 @@ def latency(
     with _checked():
         return LatencyProcess(
             load_ns=model.load_ns,
-            first_ns=reply["first_ns"],
-            warmup_ns=tuple(reply["warmup_ns"]),
-            samples_ns=tuple(reply["samples_ns"]),
-            telemetry=tuple(reply["telemetry"]),
-            rss_load_bytes=reply["rss_load_bytes"],
-            rss_peak_bytes=reply["rss_peak_bytes"],
+            first_ns=_whole(reply["first_ns"], at_least=1),
+            warmup_ns=_samples(reply["warmup_ns"], at_least=0),
+            samples_ns=_samples(reply["samples_ns"], at_least=max(1, values.get("min_runs", 1))),
+            telemetry=tuple(_reading(reading) for reading in reply["telemetry"]),
+            rss_load_bytes=_size(reply["rss_load_bytes"]),
+            rss_peak_bytes=_size(reply["rss_peak_bytes"]),
         )
+
+
+def _whole(value: Any, *, at_least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{value!r} is no whole number from {at_least} on")
+    return value
+
+
+def _size(value: Any) -> int | None:
+    return None if value is None else _whole(value, at_least=0)
+
+
+def _samples(values: Any, *, at_least: int) -> tuple[int, ...]:
+    """Times in nanoseconds; a run of no time at all did not happen."""
+    if not isinstance(values, list) or len(values) < at_least:
+        raise ValueError(f"fewer than {at_least} times")
+    return tuple(_whole(value, at_least=1) for value in values)
+
+
+def _reading(reading: Any) -> dict[str, Any]:
+    """One reading of the board's sensors: plain values under names."""
+    if not isinstance(reading, dict):
+        raise TypeError("a reading is no table")
+    for value in reading.values():
+        plain = value is None or isinstance(value, str | bool | int | float)
+        if not plain or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"a reading holds {value!r}")
+    return reading
 
 
 def _ask_attacked(

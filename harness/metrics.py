@@ -22,6 +22,8 @@ UNSEEN = -1
 
 PERCENTILE_MIN_N = {50: 11, 90: 64, 95: 130, 99: 662, 99.9: 6636}
 """Samples below which no 99 % confidence bound exists for the percentile (FACTS G)."""
+MIN_POWER_READINGS = 5
+"""While the model runs, about one a second; a mean of fewer is the luck of the moment."""
 MAX_SPREAD = 0.05
 MAX_FREQUENCY_DRIFT = 0.02
 MAX_LOAD_PER_CORE = 1.0
@@ -269,13 +271,19 @@ def _energy_mj(processes: Sequence[LatencyProcess]) -> float | None:
 
 
 def _energy_of(process: LatencyProcess) -> float | None:
-    """A counter's difference, or mean power times the time it was read over; None without."""
-    counted = [r["energy_uj"] for r in process.telemetry if r.get("energy_uj") is not None]
+    """A counter's difference, or mean power times the time it was read over, per run.
+
+    The first and last reading of power are of a board about to start and done; a quick run has
+    no others, and no energy.
+    """
+    runs, readings = len(process.samples_ns), process.telemetry
+    counted = [r["energy_uj"] for r in readings if r.get("energy_uj") is not None]
     if len(counted) > 1 and counted[-1] > counted[0]:  # a counter that wrapped says nothing
-        return float(counted[-1] - counted[0]) / len(process.samples_ns) / 1e3
-    power_uw = [r["power_uw"] for r in process.telemetry if r.get("power_uw") is not None]
-    if len(power_uw) > 1:
-        return float(np.mean(power_uw)) * sum(process.samples_ns) / len(process.samples_ns) / 1e12
+        return float(counted[-1] - counted[0]) / runs / 1e3
+    power_uw = [r["power_uw"] for r in readings[1:-1] if r.get("power_uw") is not None]
+    if len(power_uw) >= MIN_POWER_READINGS:
+        elapsed_ns = float(readings[-1]["elapsed_ns"] - readings[0]["elapsed_ns"])
+        return float(np.mean(power_uw)) * elapsed_ns / runs / 1e12
     return None
 
 

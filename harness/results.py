@@ -42,7 +42,11 @@ def result_rows(store: Store) -> list[ResultRow]:
             uap=uaps[key.uap] if key.uap is not None else None,
             evaluation=evaluation_sets[key.evaluation],
             latency=(None if key.emulated else latencies.get((key.model, key.device, key.runtime))),
-            instructions=instructions.get((key.model, key.device)) if key.emulated else None,
+            instructions=(
+                instructions.get((key.model, key.device, run.machine.runtime_version))
+                if key.emulated
+                else None
+            ),
         )
         for key, run in measured.items()
     ]

@@ -277,10 +277,12 @@ class Store:
             latency_of(row) for row in self._db.execute("SELECT * FROM latency_run ORDER BY id")
         ]
 
-    def instruction_counts(self) -> dict[tuple[str, str], int]:
-        """(model sha256, device) -> instructions of one inference, the newest count."""
-        rows = self._db.execute("SELECT * FROM instruction_count ORDER BY created_at, rowid")
-        return {(row["model_sha256"], row["device"]): int(row["instructions"]) for row in rows}
+    def instruction_counts(self) -> dict[tuple[str, str, str], int]:
+        """(model sha256, device, version of onnxruntime) -> instructions of one inference."""
+        return {
+            (row["model_sha256"], row["device"], row["runtime_version"]): int(row["instructions"])
+            for row in self._db.execute("SELECT * FROM instruction_count")
+        }
 
 
 def open_store(path: Path, *, create: bool = True, git_commit: str | None = None) -> Store:

@@ -46,7 +46,8 @@ def _missing(context: Context, victims: Sequence[Victim], device: Device) -> lis
     return [
         victim
         for victim in victims
-        if not victim.onnx.exists() or (context.sha256(victim.onnx), device.name) not in counted
+        if not victim.onnx.exists()
+        or (context.sha256(victim.onnx), device.name, onnxruntime.__version__) not in counted
     ]
 
 

@@ -162,9 +162,15 @@ class _Writer:
     def flush(self) -> None:
         """Everything so far, in one transaction: pairs stay pairs."""
         runs = [self._run(key, parts) for key, parts in self.chunks.items()]
+        # Forgotten first: an interrupt right after storing must not store them, and their
+        # seconds, once more.
+        kept, self.chunks, self.stored_s = self.chunks, {}, time.monotonic()
         if runs:
-            self.store.add_prediction_runs(runs)
-        self.chunks, self.stored_s = {}, time.monotonic()
+            try:
+                self.store.add_prediction_runs(runs)
+            except Exception:
+                self.chunks = kept
+                raise
 
     def _run(self, key: RunKey, parts: list[tuple[Indices, Classes, float]]) -> PredictionRun:
         indices = np.concatenate([where for where, _, _ in parts])

@@ -296,9 +296,13 @@ def test_energy_is_per_run_and_only_from_a_sensor() -> None:
     counter = [{"energy_uj": 1_000}, {"energy_uj": 5_000}, {"energy_uj": 9_000}]
     counted = process_of(4, telemetry=tuple(counter))
     assert summarise_latency([counted], cores=2).energy_mj == pytest.approx(8_000 / 4 / 1e3)
-    # 2 W over runs of 1, 2, 3 and 4 ms: 2.5 ms and 5 mJ each.
-    power = process_of(4, telemetry=({"power_uw": 1_000_000}, {"power_uw": 3_000_000}))
-    assert summarise_latency([power], cores=2).energy_mj == pytest.approx(5.0)
+    # 2 W under load for 6 s, four runs: 3 J each. At the edges the board was idle.
+    watts = [0, 1, 3, 2, 2, 2, 0]
+    power = [{"power_uw": w * 1_000_000, "elapsed_ns": i * 10**9} for i, w in enumerate(watts)]
+    measured = process_of(4, telemetry=tuple(power))
+    assert summarise_latency([measured], cores=2).energy_mj == pytest.approx(3_000.0)
+    edges = process_of(4, telemetry=(power[0], power[-1]))
+    assert summarise_latency([edges], cores=2).energy_mj is None
     # A counter that wrapped, or a process without the sensor: nothing is claimed.
     wrapped = process_of(4, telemetry=({"energy_uj": 9_000}, {"energy_uj": 10}))
     assert summarise_latency([wrapped], cores=2).energy_mj is None

@@ -101,6 +101,8 @@ def test_the_row_of_a_clean_run(store: Store) -> None:
         "latency_p90_ms": 2.0,
         "latency_verdict": "VALID",
         "latency_mode": "quick",
+        "energy_mj": None,
+        "instructions": None,
         "file_bytes": 1000,
         "params": 70,
         "macs": 12345,

@@ -309,4 +309,7 @@ def test_the_newest_instruction_count_of_a_model_on_a_device(store: Store) -> No
         store.add_instruction_count(
             digest("m"), device="rpi4", runtime_version=version, instructions=instructions
         )
-    assert store.instruction_counts() == {(digest("m"), "rpi4"): 9}
+    assert store.instruction_counts() == {
+        (digest("m"), "rpi4", "1.31"): 7,
+        (digest("m"), "rpi4", "1.32"): 9,
+    }
