@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -90,9 +91,11 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of standard output went away (`harness results | head`): not our failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _reader_left()
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        _reader_left()  # click met it first, and would end with 1
     except Exception as error:
         if os.environ.get("HARNESS_DEBUG"):
             raise
@@ -100,6 +103,12 @@ def main() -> None:
         _say(f"error: {type(error).__name__}: {reason} (HARNESS_DEBUG=1 shows where)")
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reader_left() -> NoReturn:
+    """The reader of standard output went away (`harness results | head`): not our failure."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(0)
 
 
 def _say(text: str) -> None:

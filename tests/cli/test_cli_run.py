@@ -373,7 +373,8 @@ def test_latency_is_measured_and_reported(run: Callable[..., Outcome], workspace
 
     edit(workspace, 'mode = "off"', 'mode = "quick"')
     context = Context(open_workspace(workspace), torch.device("cpu"))
-    task = latency_task(context, [variant_victim(context, "q4")], LocalDevice())
+    uap = context.workspace.cache / "full_eps4.pt"
+    task = latency_task(context, [variant_victim(context, "q4")], LocalDevice(), uap=uap)
     assert not task.is_done()
     seen: list[float] = []
     task.run(lambda fraction, _note: seen.append(fraction))
