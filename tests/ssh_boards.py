@@ -103,10 +103,7 @@ class OpenSsh:
 
     def program(self, name: str, script: str) -> Path:
         """Put a program on the board's PATH."""
-        path = self.programs / name
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        return path
+        return write_program(self.programs / name, script)
 
     def start(self) -> None:
         self.process = subprocess.Popen(
@@ -184,6 +181,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def write_program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def host_python() -> list[str]:
     """This machine's own Python, with numpy and onnxruntime: the quick board."""
     return [sys.executable]
@@ -210,10 +213,14 @@ async def run_there(
         home: where it runs.
         send: passes on what it prints, and says whether to go on; None passes all on.
     """
+    programs = home.with_name(f"{home.name}.bin")
+    if not programs.exists():  # its python3 is the one the tests run on, wherever that is
+        programs.mkdir()
+        write_program(programs / "python3", f'exec {shlex.join(host_python())} "$@"')
     child = await asyncio.create_subprocess_exec(
         *("sh", "-c", process.command or "true"),
         cwd=home,
-        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        env={"HOME": str(home), "PATH": f"{programs}:/usr/bin:/bin"},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
