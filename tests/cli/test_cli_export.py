@@ -119,6 +119,8 @@ def test_tune_measures_and_exports_what_is_faster(run: Run, workspace: Path) -> 
     fastest = {name: min(times, key=times.get) for name, times in layers.items()}
     manifest = json.loads((workspace / "cache/q4.json").read_text())
     assert manifest["tuned_kernels"] == fastest
+    memory = manifest["memory"]
+    assert 10_000_000 < memory["rss_load_bytes"] <= memory["rss_peak_bytes"]
     model = onnx.load(workspace / "cache/q4.onnx")
     for form, op in (("float", "Conv"), ("matmul", "MatMulInteger")):
         found = {node.name for node in model.graph.node if node.op_type == op} - {"stem"}
