@@ -79,6 +79,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # onnxruntime 1.29 and later report model names and hashes to their maker unless told not to.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    stdout = sys.stdout
     try:
         code = cli.main(standalone_mode=False, prog_name="harness")
     except click.ClickException as error:
@@ -92,10 +93,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         _reader_left()
-    except SystemExit as leaving:
-        if not isinstance(leaving.__context__, BrokenPipeError):
+    except SystemExit:
+        if sys.stdout is stdout:
             raise
-        _reader_left()  # click met it first, and would end with 1
+        _reader_left()  # click met it first, put another stdout there, and would end with 1
     except Exception as error:
         if os.environ.get("HARNESS_DEBUG"):
             raise
