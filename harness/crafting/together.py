@@ -232,7 +232,7 @@ def _select(
     """The best of the iterate and two patterns nobody optimised, as the device receives them."""
     n, eps = len(images), request.eps
     shape: tuple[int, int, int] = iterate.shape
-    candidates = (iterate, chessboard(shape, eps=eps), signs * eps)
+    candidates: list[np.ndarray] = [iterate, chessboard(shape, eps=eps), signs * eps]
     chosen = torch.linspace(0, n - 1, min(rule.selection, n), device=images.device).long()
     pixels, y = images[chosen].to(torch.int16), labels[chosen]
     best: tuple[int, np.ndarray, str] | None = None
