@@ -12,7 +12,7 @@ run:
 
 test:
 	@scripts/install.sh $(VENV) test
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint:
 	@scripts/install.sh $(VENV) test

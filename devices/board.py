@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from devices.connection import MAX_OUTPUT_BYTES, Connection, Finished, Limits, asyncssh_module
-from harness.records import DeviceUnreachable, HarnessError
+from devices.plain import plain
+from devices.profiles import Profile
+from harness.records import DeviceUnreachable, HarnessError, UsageError
 
 SPARE_BYTES = 8 << 20
 """Free disk that a transfer must leave: the journal and the system need some."""
@@ -82,8 +84,9 @@ class Board:
     def put(self, local: Path, *, sha256: str) -> str:
         """Store a file as files/SHA256, unless it is there, and return its path.
 
-        It is sent to a temporary name, hashed on the board, and renamed. Whoever uses it there
-        hashes it again: a board's word is not proof.
+        It is sent to a temporary name, hashed on the board, and renamed. What is there already is
+        hashed on its first use in a connection: a power cut or a worn card may have damaged it
+        since. Models and arrays are hashed once more by the runner that reads them.
 
         Raises:
             HarnessError: the disk is full, or the file arrives damaged twice.
@@ -92,10 +95,7 @@ class Board:
         if sha256 not in self._there:
             final = self.path("files", sha256)
             size = local.stat().st_size
-            if (
-                self.link.do(self._size(final), self.link.limits.command_s, "to look for a file")
-                != size
-            ):
+            if not self._is_whole(final, sha256=sha256, size=size):
                 self._store(local, final, sha256=sha256, size=size)
             self._there.add(sha256)
         return self.path("files", sha256)
@@ -110,6 +110,18 @@ class Board:
     def read(self, path: str) -> bytes | None:
         """A small file's content; None if there is none."""
         return self.link.do(self._read(path), self.link.limits.command_s, "to read a file")
+
+    def _is_whole(self, final: str, *, sha256: str, size: int) -> bool:
+        """Whether the file is there and undamaged; a damaged one is removed."""
+        limit_s = self.link.limits.command_s
+        there = self.link.do(self._size(final), limit_s, "to look for a file")
+        if there is None:
+            return False
+        if there == size and self._hash(final) == sha256:
+            self.link.do(self._touch(final), limit_s, "to date a file")
+            return True
+        self.discard(sha256)
+        return False
 
     def _store(self, local: Path, final: str, *, sha256: str, size: int) -> None:
         part = f"{final}.{self._token}.part"
@@ -126,6 +138,7 @@ class Board:
                 if self._hash(part) != sha256:
                     problem = "damaged (another sha256)"
                     continue
+                self.link.do(self._sync(part), None, "to write a file to its disk")
                 self.link.do(
                     self.link.sftp.posix_rename(part, final), limits.command_s, "to rename a file"
                 )
@@ -163,8 +176,9 @@ class Board:
         except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection):
             raise
         except asyncssh.SFTPError as error:
+            reason = plain(error.reason or "failure")
             raise HarnessError(
-                f"{self.destination}: cannot write to {self.root}: {error.reason or 'failure'}"
+                f"{self.destination}: cannot write to {self.root}: {reason}"
                 f"{await self._room_hint()}"
             ) from None
         finally:
@@ -203,6 +217,17 @@ class Board:
         except asyncssh_module().SFTPNoSuchFile:
             pass
 
+    async def _sync(self, path: str) -> None:
+        """Have it on the disk before it gets its name, where the server can do that."""
+        with suppress(asyncssh_module().SFTPOpUnsupported):
+            async with self.link.sftp.open(path, "rb") as file:
+                await file.fsync()
+
+    async def _touch(self, path: str) -> None:
+        """Date it now: what nobody has used for long is swept (`runner.sweep`)."""
+        with suppress(asyncssh_module().SFTPError):
+            await self.link.sftp.utime(path)
+
     async def _read(self, path: str) -> bytes | None:
         try:
             async with self.link.sftp.open(path, "rb") as file:
@@ -224,3 +249,16 @@ class Board:
             if done.status == 0:
                 return (done.stdout.split() or [""])[0].lstrip("\\")
         raise HarnessError(f"{self.destination} cannot hash a file ({done.last_words})")
+
+
+def board_of(profile: Profile, *, limits: Limits | None = None) -> Board:
+    """The board of a profile, not connected yet.
+
+    Raises:
+        UsageError: the profile has no host.
+    """
+    if profile.host is None:
+        raise UsageError(
+            f"{profile.name} has no host: harness devices add {profile.name} --host USER@BOARD"
+        )
+    return Board(profile.host, port=profile.port, root=profile.remote_root, limits=limits)

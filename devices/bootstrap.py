@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from devices.board import SPARE_BYTES, Board
+from devices.board import SPARE_BYTES, Board, board_of
 from devices.connection import Finished, Limits
+from devices.plain import plain
 from devices.profiles import Profile
 from devices.wheels import Target, Wheel, wanted_onnxruntime, wheels_for
-from harness.records import DeviceUnreachable, HarnessError, UsageError
+from harness.records import DeviceUnreachable, HarnessError
 
 MACHINES = ("aarch64", "x86_64")
 OLDEST_PYTHON = (3, 9)
@@ -50,6 +51,8 @@ class Environment:
     """Of the environment, in the harness's folder there."""
     onnxruntime: str
     numpy: str
+    wanted: str | None = None
+    """The onnxruntime this machine had when it was set up: an older one may be all that runs."""
 
     def python(self, root: str) -> list[str]:
         """The command that runs Python there; `root` is the harness's folder."""
@@ -64,15 +67,11 @@ def bootstrap(profile: Profile, *, progress: Progress, limits: Limits | None = N
         DeviceUnreachable: the board cannot be reached, or cannot run onnxruntime at all.
         HarnessError: it could not be set up; the message says why. Nothing half-done stays.
     """
-    if profile.host is None:
-        raise UsageError(
-            f"{profile.name} has no host: harness devices add {profile.name} --host USER@BOARD"
-        )
-    board = Board(profile.host, port=profile.port, root=profile.remote_root, limits=limits)
+    board = board_of(profile, limits=limits)
     board.connect()
     try:
         there = read_environment(board)
-        if there is not None and (there.kind == "system" or _is_current(there)):
+        if there is not None and _is_current(there):
             tested = _smoke(board, there.python(board.root))
             if tested.status == 0:
                 progress(f"{profile.host} is set up: onnxruntime {there.onnxruntime}")
@@ -89,7 +88,7 @@ def bootstrap_board(board: Board, *, progress: Progress) -> Environment:
     own = _smoke(board, _python("system", ""))
     versions = _versions(own)
     if versions is not None:
-        environment = Environment("system", None, *versions)
+        environment = Environment("system", None, *versions, wanted=wanted_onnxruntime())
         progress(f"{board.destination}: its own python3 has onnxruntime {versions[0]}")
         _accept(board, environment, part=None)
         return environment
@@ -116,6 +115,9 @@ def read_environment(board: Board) -> Environment | None:
         environment = Environment(**facts)
     except (TypeError, ValueError):
         return None
+    words = (environment.onnxruntime, environment.numpy, environment.wanted or "")
+    if not all(re.fullmatch(r"[\w.+-]{0,64}", str(word)) for word in words):
+        return None
     kind, folder = environment.kind, environment.folder
     plain = folder is None or re.fullmatch(r"environments/[0-9a-f]{16}", str(folder))
     fits = kind == "system" if folder is None else kind in ("venv", "folder")
@@ -123,7 +125,9 @@ def read_environment(board: Board) -> Environment | None:
 
 
 def _is_current(environment: Environment) -> bool:
-    return environment.onnxruntime == (wanted_onnxruntime() or environment.onnxruntime)
+    wanted = wanted_onnxruntime()
+    known = (None, environment.onnxruntime, environment.wanted)
+    return environment.kind == "system" or wanted in known
 
 
 def _try(
@@ -150,11 +154,13 @@ def _try(
                 if not built["ok"] or board.run([*python, "-c", "pass"]).status != 0:
                     continue
             elif not built["ok"]:
+                for wheel in wheels:  # one of them may be what is wrong: they are sent again
+                    board.discard(wheel.sha256)
                 raise HarnessError(f"{board.destination}: cannot unpack wheels: {built['error']}")
             tested = _smoke(board, python)
             versions = _versions(tested)
             if versions is not None:
-                environment = Environment(kind, final, *versions)
+                environment = Environment(kind, final, *versions, wanted=wanted_onnxruntime())
                 _accept(board, environment, part=part)
                 return environment
             if tested.killed_by is not None:
@@ -268,9 +274,8 @@ def _on_board(board: Board, request: dict[str, Any]) -> dict[str, Any]:
         reply = None
     if not isinstance(reply, dict) or "ok" not in reply:
         raise HarnessError(f"{board.destination}: its python3 does not work: {done.last_words}")
-    return {"error": "it did not say why", **reply}
+    return {**reply, "error": plain(reply.get("error", "it did not say why"))}
 
 
 def _short_hash(text: str) -> str:
-
     return hashlib.sha256(text.encode()).hexdigest()[:16]

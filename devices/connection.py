@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from devices import ssh_errors
+from devices.plain import plain
 from harness.records import DeviceUnreachable, HarnessError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Finished:
     def last_words(self) -> str:
         """The last line on standard error, or on standard output."""
         lines = [line.strip() for line in (self.stdout + "\n" + self.stderr).splitlines()]
-        return next((line[:300] for line in reversed(lines) if line), "it said nothing")
+        return plain(next((line[:300] for line in reversed(lines) if line), "it said nothing"))
 
 
 def asyncssh_module() -> ModuleType:

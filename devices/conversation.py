@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from devices.plain import plain
 from devices.transport import Refusal, Transport
 from harness.records import DeviceUnreachable, HarnessError, MeasurementInvalid, UsageError
 
@@ -71,7 +72,7 @@ class Conversation:
             raise DeviceUnreachable(f"the runner answered {reply.get('id')}, not {identity}")
         if reply.get("ok") is True:
             return reply
-        message = str(reply.get("error", "no reason given"))
+        message = plain(reply.get("error", "no reason given"))
         error = ERRORS.get(str(reply.get("kind")), HarnessError)
         raise error(f"{about}: {message}" if about else message)
 
@@ -95,6 +96,21 @@ class Conversation:
             raise HarnessError(
                 f"the device damages what it stores, twice in a row ({damaged}): check its disk"
             ) from None
+
+    def start(self, *, patient: bool) -> None:
+        """Connect; if `patient` a first failure counts as a lost connection.
+
+        Raises:
+            DeviceUnreachable: no connection, or none within the budget.
+        """
+        try:
+            self._transport.start()
+        except Refusal:
+            raise
+        except DeviceUnreachable as lost:
+            if not patient or self._reconnect_s <= 0:
+                raise
+            self._reconnect(lost, lambda: None)
 
     def surviving(self, step: Callable[[], T], *, restore: Callable[[], None]) -> T:
         """The result of `step`, which is done again after a lost connection.

@@ -7,6 +7,7 @@ JSON line. REQUEST is JSON with `op`: facts, build, accept or discard, the funct
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -90,7 +91,10 @@ def unpack(wheel: Path, sha256: str, site: Path) -> None:
 
 
 def accept(request: Reply) -> Reply:
-    """Make the built environment (if any) the final one, and write down that it works."""
+    """Make the built environment (if any) the final one, and write down that it works.
+
+    Environments from before are removed, unless a runner is at work there.
+    """
     root = Path(request["root"])
     if request["folder"] is not None:
         folder, final = Path(request["folder"]), Path(request["final"])
@@ -107,7 +111,20 @@ def accept(request: Reply) -> Reply:
         os.fsync(file.fileno())
     part.replace(marker)
     os.sync()
+    remove_others(root, request["final"])
     return {}
+
+
+def remove_others(root: Path, kept: str | None) -> None:
+    """Remove every other finished environment; nothing while a runner holds the lock."""
+    try:
+        with (root / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for folder in (root / "environments").glob("[!.]*"):
+                if str(folder) != kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # somebody works with one of them; the next set-up removes it
 
 
 def discard(request: Reply) -> Reply:

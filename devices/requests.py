@@ -15,6 +15,7 @@ from typing import Any
 
 from devices.conversation import Conversation, Reply
 from devices.model_file import ModelFile
+from devices.plain import plain
 from harness.records import HarnessError, LatencyProcess, Machine
 
 PROTOCOL = 1
@@ -87,13 +88,17 @@ def hello(conversation: Conversation) -> Greeting:
                 " install the runner again"
             )
         machine = Machine(
-            arch=str(facts["arch"]),
-            cpu=str(facts["cpu"]),
+            arch=plain(facts["arch"]),
+            cpu=plain(facts["cpu"]),
             cores=int(facts["cores"]),
-            os=str(facts["os"]),
-            python=str(facts["python"]),
-            runtime_version=str(facts["onnxruntime"]),
-            extra={key: facts[key] for key in ("numpy", "pointer_bits", "board")},
+            os=plain(facts["os"]),
+            python=plain(facts["python"]),
+            runtime_version=plain(facts["onnxruntime"]),
+            extra={
+                "numpy": plain(facts["numpy"]),
+                "pointer_bits": int(facts["pointer_bits"]),
+                "board": None if facts["board"] is None else plain(facts["board"]),
+            },
         )
         return Greeting(machine, int(facts["pid"]), facts.get("boot_id"))
 
@@ -208,10 +213,10 @@ def _reading(reading: Any) -> dict[str, Any]:
     if not isinstance(reading, dict):
         raise TypeError("a reading is no table")
     for value in reading.values():
-        plain = value is None or isinstance(value, str | bool | int | float)
-        if not plain or (isinstance(value, float) and not math.isfinite(value)):
+        simple = value is None or isinstance(value, str | bool | int | float)
+        if not simple or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"a reading holds {value!r}")
-    return reading
+    return {plain(k): plain(v) if isinstance(v, str) else v for k, v in reading.items()}
 
 
 def _ask_attacked(

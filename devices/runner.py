@@ -61,6 +61,8 @@ IDLE_S = 300.0
 """A runner nobody has asked anything for so long stops beating: its workstation may be gone."""
 LOCK_WAIT_S = 5.0
 """A runner whose workstation has just left may still be ending."""
+LATENCY_IMAGES = 256
+"""At most, of a latency measurement: each is kept twice, clean and attacked."""
 UNUSED_S = 60 * 86400.0
 PARTIAL_S = 600.0
 """Ages at which a file that nobody used, and a file that was never finished, are removed."""
@@ -249,7 +251,7 @@ def latency(state: State, request: Reply) -> Reply:
         cool_down(float(request["cooling_c"]))
     state.has_run = True
     feeds = []
-    for i in range(len(pixels)):
+    for i in range(min(len(pixels), LATENCY_IMAGES)):
         feeds.append({"image": pixels[i : i + 1]})
         if delta is not None:
             feeds.append({"image": attacked(pixels[i : i + 1], delta)})
@@ -396,6 +398,7 @@ class Journal:
         self._owned = flock(self._fd)
         self._size = self._read(path, head)
         if self._owned:
+            os.utime(self._fd)  # in use: see `sweep`
             os.ftruncate(self._fd, self._size)
             if not self._size:
                 self._append([head])

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -188,11 +189,15 @@ class DeviceSession:
 
         Warm-up and measurement each last until both their counts and their seconds are reached.
         With `delta_255` clean and attacked images take turns: runs 0, 2, 4, ... of the warm-up
-        and of the samples are clean, the others attacked.
+        and of the samples are clean, the others attacked. After a lost connection it starts anew.
+
+        Returns:
+            The process; the first reading of its telemetry also has `boot_id`, another one when
+            the device was rebooted since, and `alternating`.
 
         Raises:
             UsageError: shapes that do not fit each other, or a model that has run.
-            MeasurementInvalid: the device was rebooted meanwhile, or does not cool.
+            MeasurementInvalid: the device does not cool.
         """
         shape = self._ready()
         values: dict[str, Any] = {
@@ -210,19 +215,17 @@ class DeviceSession:
         delta = None
         if delta_255 is not None:
             delta = self._array(checked_delta(delta_255, image_shape=shape[1:]))
-        boot_id = self.boot_id
 
         def step() -> LatencyProcess:
-            if self.boot_id != boot_id:
-                raise MeasurementInvalid(
-                    "the device was rebooted while its latency was measured: measure again"
-                )
             assert self._model is not None
             return requests.latency(
                 self._conversation, self._model, delta, timeout_s=limit_s, **values
             )
 
-        return self._surviving(step)
+        process = self._surviving(step)
+        facts = {"boot_id": self.boot_id, "alternating": delta is not None}
+        first = {**(process.telemetry[0] if process.telemetry else {}), **facts}
+        return replace(process, telemetry=(first, *process.telemetry[1:]))
 
     def _surviving(self, step: Callable[[], T]) -> T:
         return self._conversation.surviving(step, restore=self._restore)
@@ -273,6 +276,7 @@ def open_session(
     reconnect_s: float = 0.0,
     sensors: Sensors | None = None,
     notice: Callable[[str], None] | None = None,
+    was_there: bool = False,
 ) -> Iterator[DeviceSession]:
     """Start a runner over `transport`; end it with the context, at once if the context failed.
 
@@ -282,6 +286,8 @@ def open_session(
         reconnect_s: how long a lost connection is tried again; 0 gives up at once.
         sensors: what to heed while latency is measured.
         notice: told in one line when a connection is lost, and when it is back.
+        was_there: whether the device has answered before: it may be starting anew, and a first
+            connection that fails is tried again like a lost one.
 
     Raises:
         DeviceUnreachable: the runner does not start or does not answer.
@@ -291,7 +297,7 @@ def open_session(
     )
     with tempfile.TemporaryDirectory(prefix="harness-device-") as folder:
         try:
-            transport.start()
+            conversation.start(patient=was_there)
             yield DeviceSession(conversation, folder=Path(folder), sensors=sensors or Sensors())
         except BaseException:  # Ctrl-C too: whatever the runner is doing, nobody waits for it
             transport.close(kill=True)

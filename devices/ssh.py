@@ -17,21 +17,22 @@ import secrets
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devices.board import Board
+from devices.board import Board, board_of
 from devices.bootstrap import Environment, bootstrap_board, read_environment
 from devices.connection import Limits
 from devices.conversation import RECONNECT_S, REPLY_TIMEOUT_S
 from devices.local import RUNNER
+from devices.plain import plain
 from devices.profiles import Profile
 from devices.requests import Sensors
 from devices.session import DeviceSession, open_session
 from devices.transport import Refusal
-from harness.records import DeviceUnreachable, HarnessError, UsageError
+from harness.records import DeviceUnreachable, HarnessError
 
 if TYPE_CHECKING:
     import asyncssh
@@ -167,7 +168,7 @@ class SshTransport:
                     break
             await process.wait_closed()
         except Exception as error:  # whatever it is, the connection is over
-            self._lost = " ".join(str(error).split()) or type(error).__name__
+            self._lost = plain(error) or type(error).__name__
         finally:
             lines.put(None)
 
@@ -201,7 +202,7 @@ class SshTransport:
 
     def _last_words(self) -> str:
         said = next((line.strip() for line in reversed(self._stderr) if line.strip()), "")
-        return f": {said}" if said else ""
+        return f": {plain(said)}" if said else ""
 
 
 class SshDevice:
@@ -223,6 +224,7 @@ class SshDevice:
         self._reply_timeout_s = reply_timeout_s
         self._limits = limits
         self._notice = notice or self._tell
+        self._was_there = False
 
     @property
     def name(self) -> str:
@@ -234,35 +236,26 @@ class SshDevice:
         """The profile's time budget."""
         return self._profile.budget_s
 
-    def open(self) -> AbstractContextManager[DeviceSession]:
+    @contextmanager
+    def open(self) -> Iterator[DeviceSession]:
         """Connect and start a fresh runner; it ends with the context."""
         transport = SshTransport(
             board_of(self._profile, limits=self._limits), name=self.name, progress=self._notice
         )
-        return open_session(
+        with open_session(
             transport,
             reply_timeout_s=self._reply_timeout_s,
             reconnect_s=self._reconnect_s,
             sensors=Sensors(energy=self._profile.energy_sensor, cooling_c=self._profile.cooling_c),
             notice=self._notice,
-        )
+            was_there=self._was_there,
+        ) as session:
+            self._was_there = True
+            yield session
 
     def _tell(self, line: str) -> None:
         sys.stderr.write(f"{self.name}: {line}\n")
         sys.stderr.flush()
-
-
-def board_of(profile: Profile, *, limits: Limits | None = None) -> Board:
-    """The board of a profile, not connected yet.
-
-    Raises:
-        UsageError: the profile has no host.
-    """
-    if profile.host is None:
-        raise UsageError(
-            f"{profile.name} has no host: harness devices add {profile.name} --host USER@BOARD"
-        )
-    return Board(profile.host, port=profile.port, root=profile.remote_root, limits=limits)
 
 
 def _user() -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devices.plain import plain
 from devices.transport import Refusal
 from harness.records import DeviceUnreachable, HarnessError, UsageError
 
@@ -82,7 +83,7 @@ def explained(error: Exception, destination: str) -> HarnessError:
     """`error`, which is of asyncssh or of the system, as the user should read it."""
     import asyncssh
 
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = plain(error) or type(error).__name__
     user, _, host = destination.rpartition("@")
     match error:
         case asyncssh.PermissionDenied():

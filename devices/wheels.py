@@ -153,13 +153,29 @@ def _download(requirement: str, target: Target, folder: Path) -> bool:
         return True
     if "No module named pip" in done.stderr:
         raise HarnessError("setting up a board needs pip on this machine: python3 -m ensurepip")
-    # pip says the same when it reaches no index at all, after warning of each attempt.
-    if "No matching distribution" in done.stderr and "onnection" not in done.stderr:
+    # pip says the same when it reaches no index at all: this machine has an onnxruntime of its
+    # own from there, and must see that it is listed before a board's is believed not to be.
+    if "No matching distribution" in done.stderr and _lists("onnxruntime"):
         return False
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     raise HarnessError(
         f"pip cannot fetch {requirement}: {lines[-1][:300] if lines else 'it did not say why'}"
     )
+
+
+def _lists(package: str) -> bool:
+    """Whether pip finds any version of a package for this machine."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own interpreter, a list of arguments
+            [*command, "index", "versions", package],
+            capture_output=True,
+            timeout=DOWNLOAD_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _wheel(path: Path) -> Wheel:

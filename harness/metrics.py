@@ -309,6 +309,8 @@ def _latency_verdict(
     loads = [r["load_1m"] for r in readings if r.get("load_1m") is not None]
     if loads and max(loads) > MAX_LOAD_PER_CORE * cores:
         unstable.append(f"load {max(loads):.1f} on {cores} cores")
+    if len({r["boot_id"] for r in readings if r.get("boot_id")}) > 1:
+        invalid.append("the device was rebooted while it was measured")
     if any(r.get("throttled") for r in readings):
         invalid.append("the board throttled its clock")
     if invalid:

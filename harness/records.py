@@ -1,7 +1,6 @@
 """What every package shares: the words, the result records, the errors.
 
-Standard library only, because `devices` (which must run without torch) and `reports` import it.
-Nothing here reads or writes a file.
+Standard library only: `devices`, which runs without torch, imports it. It reads no file.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from typing import Any, Literal
 Method = Literal["full", "sfp", "pp", "apot"]
 Runtime = Literal["torch", "onnxruntime"]
 Verdict = Literal["VALID", "UNSTABLE", "INVALID"]
+LATENCY_PROCESSES = 5
+"""Fresh processes of one latency measurement."""
 
 
 # --- errors: one class per exit code of the command line -------------------------------------
@@ -287,8 +288,7 @@ class LatencyRun:
 class ResultRow:
     """One (variant, device, runtime, UAP or clean, evaluation set). Absent is None, never 0.
 
-    Rates are fractions in [0, 1]; UER, fooling_rate, TSR follow the paper, section 3
-    ("Attacks & Metrics"): UER counts clean mistakes too.
+    Rates are fractions in [0, 1], as in the paper, section 3: UER counts clean mistakes too.
     """
 
     variant: str

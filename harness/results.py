@@ -15,73 +15,55 @@ from typing import Any
 import numpy as np
 
 from harness import metrics
+from harness.latencies import latest_latencies
 from harness.metrics import Classes, Corrected, Latency
 from harness.records import (
     DEPLOYABLE,
     EvaluationSet,
-    LatencyProcess,
     ModelRecord,
     ResultRow,
     UapRecord,
 )
-from harness.sampling import Indices, Merged, RunKey, merged
+from harness.sampling import Indices, Merged, RunKey, by_machine, same_machine
 from harness.store import Store
 
 
 def result_rows(store: Store) -> list[ResultRow]:
     """Every current result, ordered by variant as in the paper, then device, runtime and UAP."""
     models, uaps = store.models(), store.uaps()
-    measured = current_runs(store)
+    known = _known(store)
     evaluation_sets = store.evaluation_sets()
     latencies, instructions = latest_latencies(store), store.instruction_counts()
     rows = [
         _row(
-            run,
-            measured=measured,
+            runs[0],
+            known=known,
             model=models[key.model],
             uap=uaps[key.uap] if key.uap is not None else None,
             evaluation=evaluation_sets[key.evaluation],
             latency=(None if key.emulated else latencies.get((key.model, key.device, key.runtime))),
             instructions=(
-                instructions.get((key.model, key.device, run.machine.runtime_version))
+                instructions.get((key.model, key.device, runs[0].machine.runtime_version))
                 if key.emulated
                 else None
             ),
         )
-        for key, run in measured.items()
+        for key, runs in known.items()
     ]
     return sorted(rows, key=_order)
 
 
 def current_runs(store: Store) -> dict[RunKey, Merged]:
     """What is known of every measurement of the current models: complete, or a sample."""
+    return {key: runs[0] for key, runs in _known(store).items()}
+
+
+def _known(store: Store) -> dict[RunKey, list[Merged]]:
     models = store.models()
-    return merged(
+    return by_machine(
         (stored for stored in store.predictions() if stored.run.model_sha256 in models),
         images={sha256: len(record.labels) for sha256, record in store.evaluation_sets().items()},
     )
-
-
-def latest_latencies(store: Store) -> dict[tuple[str, str, str], tuple[str, Latency]]:
-    """(mode, summary) of the last latency run of each (model sha256, device, runtime).
-
-    Emulated devices have no latency: an emulator's time says nothing about the board.
-    """
-    processes: dict[tuple[object, ...], list[LatencyProcess]] = {}
-    newest: dict[tuple[str, str, str], tuple[str, list[LatencyProcess], int]] = {}
-    for stored in store.latencies():
-        run = stored.run
-        if run.emulated:
-            continue
-        identity = (run.model_sha256, run.device, run.runtime)
-        # A measurement is stored process by process, so that a kill loses one of them at most.
-        same = processes.setdefault((*identity, run.mode, run.threads, repr(run.machine)), [])
-        same.extend(run.processes)
-        newest[identity] = (run.mode, same, run.machine.cores)
-    return {
-        identity: (mode, metrics.summarise_latency(same, cores=cores))
-        for identity, (mode, same, cores) in newest.items()
-    }
 
 
 def as_json(row: ResultRow) -> dict[str, Any]:
@@ -92,7 +74,7 @@ def as_json(row: ResultRow) -> dict[str, Any]:
 def _row(
     run: Merged,
     *,
-    measured: dict[RunKey, Merged],
+    known: dict[RunKey, list[Merged]],
     model: ModelRecord,
     uap: UapRecord | None,
     evaluation: EvaluationSet,
@@ -103,7 +85,10 @@ def _row(
     all_labels = np.asarray(evaluation.labels, dtype=np.int64)
     labels, predicted = all_labels[seen], run.predictions[seen]
     accuracy = on_correct = fooling = None
-    clean_run = measured.get(replace(key, uap=None))
+    # The same machine's, where it has one: a pair tells of the perturbation, not of two machines.
+    clean_runs = known.get(replace(key, uap=None), [])
+    paired = [clean for clean in clean_runs if same_machine(clean.machine, run.machine)]
+    clean_run = next(iter(paired or clean_runs), None)
     if (both := _both(run, clean_run)) is not None and clean_run is not None:
         here, clean, attacked = all_labels[both], clean_run.predictions[both], run.predictions[both]
         accuracy = metrics.accuracy(here, clean)
@@ -116,7 +101,8 @@ def _row(
         tsr = metrics.tsr(predicted, uap.target)
         excluding = metrics.tsr_excluding_target(labels, predicted, uap.target).value
     agreement = gap = corrected = None
-    torch_run = measured.get(replace(key, runtime="torch", device="local", emulated=False))
+    torch_runs = known.get(replace(key, runtime="torch", device="local", emulated=False), [])
+    torch_run = next(iter(torch_runs), None)
     both = _both(run, torch_run)
     if both is not None and torch_run is not None and key.runtime != "torch":
         here, ours, torch = all_labels[both], run.predictions[both], torch_run.predictions[both]

@@ -49,7 +49,7 @@ class RunKey:
 
 @dataclass(frozen=True)
 class Merged:
-    """Everything known of one measurement: its newest complete run, or its sample."""
+    """What one machine knows of a measurement: its newest complete run, or its sample."""
 
     key: RunKey
     machine: Machine
@@ -63,6 +63,11 @@ class Merged:
     def seen(self) -> Indices:
         """Positions that were evaluated, ascending."""
         return np.flatnonzero(self.predictions != UNSEEN)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image was evaluated."""
+        return bool((self.predictions != UNSEEN).all())
 
 
 def sample_order(labels: Classes, *, seed: int) -> Indices:
@@ -100,26 +105,40 @@ def same_machine(first: Machine, second: Machine) -> bool:
     return _identity(first) == _identity(second)
 
 
-def merged(stored: Iterable[StoredPrediction], *, images: dict[str, int]) -> dict[RunKey, Merged]:
-    """Prediction runs, oldest first, put together by measurement.
+def by_machine(
+    stored: Iterable[StoredPrediction], *, images: dict[str, int]
+) -> dict[RunKey, list[Merged]]:
+    """Prediction runs, oldest first, put together by measurement and by processor and runtime.
 
-    A complete run replaces what was before it. A sample adds to what the same processor and
-    runtime predicted before; another's replaces it. What was predicted twice counts once, as it
-    was the last time.
+    On one machine a complete run replaces what was before it, and a sample adds to it: what was
+    predicted twice counts once, as it was the last time.
 
     Args:
         stored: runs, oldest first.
         images: size of every evaluation set, by sha256.
+
+    Returns:
+        Of every measurement what each machine knows: the newest complete one first, or where none
+        is complete the newest. A few images on another machine hide no whole evaluation set.
     """
-    groups: dict[RunKey, list[StoredPrediction]] = {}
+    groups: dict[tuple[RunKey, tuple[str, str, str]], list[StoredPrediction]] = {}
     for item in stored:
-        group = groups.setdefault(key_of(item.run), [])
-        if group and (
-            item.run.indices is None or not same_machine(group[-1].run.machine, item.run.machine)
-        ):
+        group = groups.setdefault((key_of(item.run), _identity(item.run.machine)), [])
+        if item.run.indices is None:
             group.clear()
         group.append(item)
-    return {key: _merge(key, group, images[key.evaluation]) for key, group in groups.items()}
+    newest_first = sorted(groups.items(), key=lambda entry: entry[1][-1].id, reverse=True)
+    found: dict[RunKey, list[Merged]] = {}
+    for (key, _machine), group in newest_first:
+        found.setdefault(key, []).append(_merge(key, group, images[key.evaluation]))
+    for known in found.values():
+        known.sort(key=lambda run: not run.complete)  # stable: the newest first within each
+    return found
+
+
+def merged(stored: Iterable[StoredPrediction], *, images: dict[str, int]) -> dict[RunKey, Merged]:
+    """The first of `by_machine` for every measurement."""
+    return {key: known[0] for key, known in by_machine(stored, images=images).items()}
 
 
 def _merge(key: RunKey, group: list[StoredPrediction], images: int) -> Merged:

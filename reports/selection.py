@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from harness.latencies import latest_latencies
 from harness.metrics import Classes, Latency
 from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
-from harness.results import current_runs, latest_latencies, result_rows
+from harness.results import current_runs, result_rows
 from harness.store import Store
 from reports.view import Craft, DeviceId, RunKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural

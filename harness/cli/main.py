@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import click
 
+from devices.plain import plain
 from harness.cli import attack, build, devices, experiment, exporting, inspect
 from harness.records import HarnessError
 
@@ -113,4 +114,6 @@ def _reader_left() -> NoReturn:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    # A message may quote a file name or a board, and a terminal obeys control characters.
+    shown = "\n".join(plain(line) for line in text.splitlines())
+    click.echo(shown, err=True)

@@ -25,7 +25,7 @@ from harness.pipeline.exports import model_record
 from harness.pipeline.on_device import Sample, sample_on_device
 from harness.pipeline.tasks import Progress, Task
 from harness.records import ModelRecord, PredictionRun, UapRecord
-from harness.sampling import Budget, RunKey, merged, sample_order
+from harness.sampling import Budget, RunKey, by_machine, sample_order
 from harness.store import Store
 
 FORWARDS_PER_SECOND = 1000.0
@@ -189,15 +189,16 @@ def _plan(
     model, evaluation = context.sha256(victim.onnx), context.data.digests["evaluation"]
     uaps = list(dict.fromkeys([None, *(context.sha256(path) for path in uap_paths)]))
     labels = context.data.evaluation.labels
-    known = merged(
+    known = by_machine(
         store.predictions_of(model_sha256=model, evaluation_sha256=evaluation),
         images={evaluation: len(labels)},
     )
     torch_keys = {uap: RunKey(model, evaluation, uap, "local", False, "torch") for uap in uaps}
     in_torch = {
-        uap: known[key]
+        uap: run
         for uap, key in torch_keys.items()
-        if key in known and known[key].machine.runtime_version == torch.__version__
+        for run in reversed(known.get(key, []))  # the first, which counts, comes last
+        if run.machine.runtime_version == torch.__version__
     }
     keys = {
         uap: RunKey(model, evaluation, uap, device.name, device.emulated, "onnxruntime")
@@ -207,9 +208,8 @@ def _plan(
     # says when it is connected, and what another runtime predicted then counts no more.
     here = onnxruntime.__version__ if device.name == "local" else None
     on_device = {
-        uap: known[key]
+        uap: [run for run in known.get(key, []) if here in (None, run.machine.runtime_version)]
         for uap, key in keys.items()
-        if key in known and here in (None, known[key].machine.runtime_version)
     }
     lacking = [uap for uap in uaps if uap not in in_torch] if victim.checkpoint else []
     sample = Sample.of(

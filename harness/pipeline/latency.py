@@ -6,20 +6,24 @@ one fresh process of every model a round, so a kill loses a round at most.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime
+
 from devices.session import Device
 from devices.timing import FULL, QUICK, LatencySettings, measure_latency
+from harness.latencies import LatencyKey, newest_latencies
 from harness.pipeline.context import Context
 from harness.pipeline.evaluation import Victim, load_attack, register
 from harness.pipeline.tasks import Progress, Task
-from harness.records import LatencyRun
+from harness.records import LatencyRun, MeasurementInvalid
 
 OVERHEAD_SECONDS = 1.0
 """To start a process and load a model, per repetition."""
+MAX_RESTARTS = 2
+"""How often a device may be rebooted while it is measured."""
 FORWARDS_PER_SECOND = 1000.0
 """Turns the protocol's fixed seconds into the unit of work; corrected as tasks finish."""
 
@@ -61,21 +65,24 @@ def latency_task(
 def _rounds_done(
     context: Context, victims: Sequence[Victim], device: Device, settings: LatencySettings
 ) -> int:
-    """Processes stored of the victim that has fewest."""
+    """Rounds stored of all victims: on one machine, each victim's without a reboot between."""
     if not context.workspace.results.exists() or any(not v.onnx.exists() for v in victims):
         return 0
-    counts: Counter[str] = Counter()
     with context.open_store() as store:
-        for stored in store.latencies():
-            run = stored.run
-            if (run.device, run.emulated, run.mode, run.threads) == (
-                device.name,
-                device.emulated,
-                settings.mode,
-                settings.threads,
-            ):
-                counts[run.model_sha256] += len(run.processes)
-    return min((counts[context.sha256(victim.onnx)] for victim in victims), default=0)
+        newest = newest_latencies(store)
+    keys = [LatencyKey(context.sha256(v.onnx), device.name, "onnxruntime") for v in victims]
+    groups = [newest[key] for key in keys if key in newest]
+    # Of this machine alone is the runtime known before it is asked.
+    here = onnxruntime.__version__ if device.name == "local" else None
+    fitting = [
+        group
+        for group in groups
+        if (group.mode, group.threads, group.alternating) == (settings.mode, settings.threads, True)
+        and here in (None, group.machine.runtime_version)
+    ]
+    if len(fitting) < len(victims) or len({repr(group.machine) for group in fitting}) != 1:
+        return 0
+    return min(len(group.processes) for group in fitting)
 
 
 def _measure(
@@ -86,11 +93,17 @@ def _measure(
     settings: LatencySettings,
     progress: Progress,
 ) -> None:
+    """Round by round, until there are enough on one machine since one boot.
+
+    Raises:
+        MeasurementInvalid: the device does not stay up, or the same, for a measurement.
+    """
     delta_255 = load_attack(context, uap).perturbation.delta_255
     files = {victim.name: victim.onnx for victim in victims}
     images = context.data.evaluation.images
     total = settings.processes * len(victims)
-    for done in range(_rounds_done(context, victims, device, settings), settings.processes):
+    done, restarts = _rounds_done(context, victims, device, settings), 0
+    while done < settings.processes:
         base = done * len(victims)
 
         def advance(finished: int, base: int = base) -> None:
@@ -120,4 +133,12 @@ def _measure(
                         threads=settings.threads,
                         processes=processes,
                     )
+                )
+        before, done = done, _rounds_done(context, victims, device, settings)
+        if done <= before:  # another boot or machine than the rounds before: it begins again
+            restarts += 1
+            if restarts > MAX_RESTARTS:
+                raise MeasurementInvalid(
+                    f"{device.name} was rebooted, or changed, {restarts} times while its latency"
+                    " was measured, which is stored as INVALID: check its power supply"
                 )

@@ -58,8 +58,8 @@ class Sample:
     predictions: dict[str | None, Classes]
     """int64 [N] each, `UNSEEN` where not evaluated; in the order of the evaluation set."""
     seconds: dict[str | None, float]
-    known: dict[str | None, Merged]
-    """As stored."""
+    known: dict[str | None, list[Merged]]
+    """As stored, by machine; the first of each is taken until the machine is known."""
     in_torch: dict[str | None, Merged]
     budget: Budget
 
@@ -69,18 +69,19 @@ class Sample:
         *,
         labels: Classes,
         order: Indices,
-        known: dict[str | None, Merged],
+        known: dict[str | None, list[Merged]],
         in_torch: dict[str | None, Merged],
         budget: Budget,
     ) -> Sample:
         """The state that is stored."""
         nothing = np.full(labels.size, UNSEEN, dtype=np.int64)
+        taken = {uap: runs[0] for uap, runs in known.items() if runs}
         return Sample(
             keys=keys,
             labels=labels,
             order=order,
-            predictions={u: (known[u].predictions if u in known else nothing).copy() for u in keys},
-            seconds={u: known[u].seconds if u in known else 0.0 for u in keys},
+            predictions={u: (taken[u].predictions if u in taken else nothing).copy() for u in keys},
+            seconds={u: taken[u].seconds if u in taken else 0.0 for u in keys},
             known=known,
             in_torch=in_torch,
             budget=budget,
@@ -92,7 +93,10 @@ class Sample:
             self.keys,
             labels=self.labels,
             order=self.order,
-            known={u: run for u, run in self.known.items() if same_machine(run.machine, machine)},
+            known={
+                uap: [run for run in runs if same_machine(run.machine, machine)]
+                for uap, runs in self.known.items()
+            },
             in_torch=self.in_torch,
             budget=self.budget,
         )
@@ -119,14 +123,13 @@ class Sample:
         return seconds_left(self.leads, seconds, last, budget=self.budget)
 
     def _precise(self) -> bool:
-        """Whether every UER's interval is as narrow as asked for."""
+        """Whether every UER's interval, or the clean error's alone, is as narrow as asked for."""
         target = self.budget.until_ci
-        return target is not None and all(
-            100 * self._half_width(uap) <= target for uap in self.uaps if uap is not None
-        )
+        judged = [uap for uap in self.uaps if uap is not None] or self.uaps
+        return target is not None and all(100 * self._half_width(uap) <= target for uap in judged)
 
     def _half_width(self, uap: str | None) -> float:
-        """Of the corrected UER where there is one, else of the sample's own (Wilson)."""
+        """Of the corrected error rate where there is one, else of the sample's own (Wilson)."""
         run = Merged(self.keys[uap], _NOWHERE, self.predictions[uap], 0.0, "", None)
         seen = run.seen
         if seen.size == 0:

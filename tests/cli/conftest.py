@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,22 +19,30 @@ from harness.cli.main import main
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """All ten variants, made by one real `harness run`. Read-only: take `workspace` to change."""
-    folder = tmp_path_factory.mktemp("tiny")
-    npz = write_npz(folder / f"{DATASET}.npz")
-    root = folder / "workspace"
-    root.mkdir()
-    (root / "harness.toml").write_text(CONFIG.format(npz=npz))
-    run = subprocess.run(
-        [sys.executable, "-m", "harness", "run"],
-        cwd=root,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return Tiny(root, npz, run)
+    base = tmp_path_factory.getbasetemp()
+    # Tests that run side by side have a folder each, in one of their own: made by the first.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    folder.mkdir(exist_ok=True)
+    root, said = folder / "workspace", folder / "said.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            root.mkdir()
+            npz = write_npz(folder / f"{DATASET}.npz")
+            (root / "harness.toml").write_text(CONFIG.format(npz=npz))
+            run = subprocess.run(
+                [sys.executable, "-m", "harness", "run"],
+                cwd=root,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=500,
+                check=False,
+            )
+            assert run.returncode == 0, run.stderr
+            said.write_text(json.dumps([run.args, run.returncode, run.stdout, run.stderr]))
+    run = subprocess.CompletedProcess(*json.loads(said.read_text()))
+    return Tiny(root, folder / f"{DATASET}.npz", run)
 
 
 def _copy(tiny: Tiny, to: Path) -> Path:

@@ -17,6 +17,9 @@ pytest.importorskip("asyncssh")  # before ssh_boards, which needs it
 
 from ssh_boards import OpenSsh, User
 
+from harness.records import LATENCY_PROCESSES
+from harness.store import open_store
+
 if TYPE_CHECKING:
     from devices.emulated import EmulatedDevice
 
@@ -111,6 +114,75 @@ def test_the_users_command_survives_a_killed_connection(openssh: OpenSsh, worksp
 @pytest.mark.arm
 def test_the_users_command_on_an_emulated_board(emulated_board: OpenSsh, workspace: Path) -> None:
     check_end_to_end(emulated_board, workspace, machine=lambda machine: machine == "aarch64")
+
+
+def rebooting(server: OpenSsh, boot_id: str) -> None:
+    """Have the board's runner say of its boot what the expression `boot_id` gives."""
+    real = (server.programs / "python3").read_text().splitlines()[1].removeprefix("exec ")
+    real = real.removesuffix(' "$@"')
+    patched = server.programs / "patched.py"
+    path = 'ROOT / "proc/sys/kernel/random/boot_id"'
+    patched.write_text(
+        "import sys, uuid, pathlib\n"
+        "sys.argv = sys.argv[1:]\n"
+        f"text = pathlib.Path(sys.argv[0]).read_text().replace('read_text({path})', {boot_id!r})\n"
+        "exec(compile(text, 'runner', 'exec'), {'__name__': '__main__', 'uuid': uuid})\n"
+    )
+    server.program(
+        "python3", f'case "$1" in */files/*) exec {real} {patched} "$@";; esac\nexec {real} "$@"'
+    )
+
+
+def latency_boots(root: Path) -> list[str]:
+    """The boot of every latency process in the store."""
+    if not (root / "results.db").exists():
+        return []
+    with open_store(root / "results.db", create=False) as store:
+        processes = [p for stored in store.latencies() for p in stored.run.processes]
+    return [str(process.telemetry[0]["boot_id"]) for process in processes]
+
+
+def test_latency_begins_again_after_a_reboot(openssh: OpenSsh, workspace: Path) -> None:
+    boot = openssh.home / "boot_id"
+    boot.write_text("first")
+    rebooting(openssh, f"read_text(Path({str(boot)!r}))")
+    succeeded(harness("devices", "add", "board", "--host", "board", cwd=workspace))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "harness", "attack-device", "--device", "board"),
+            *("--uap", UAP, "--model", "q2", "--latency", "quick", "--json"),
+        ],
+        cwd=workspace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not latency_boots(workspace):
+        time.sleep(0.05)
+    boot.write_text("second")
+    openssh.cut()
+    out, err = process.communicate(timeout=300)
+    outcome = succeeded(Outcome(process.returncode, out, err))
+    boots = latency_boots(workspace)
+    assert boots.count("first") >= 1
+    assert boots.count("second") == LATENCY_PROCESSES
+    verdicts = {row["latency_verdict"] for row in json.loads(outcome.out)}
+    assert verdicts <= {"VALID", "UNSTABLE"}
+
+
+def test_a_board_that_keeps_rebooting_has_no_valid_latency(
+    openssh: OpenSsh, workspace: Path
+) -> None:
+    rebooting(openssh, "uuid.uuid4().hex")
+    succeeded(harness("devices", "add", "board", "--host", "board", cwd=workspace))
+    arguments = ("--uap", UAP, "--model", "q2", "--latency", "quick")
+    outcome = harness("attack-device", "--device", "board", *arguments, cwd=workspace)
+    assert outcome.code == 4
+    assert "rebooted, or changed, 3 times" in outcome.err
+    rows = json.loads(succeeded(harness("results", "--json", cwd=workspace)).out)
+    on_board = [row for row in rows if row["device"] == "board"]
+    assert {row["latency_verdict"] for row in on_board} == {"INVALID"}
 
 
 def test_a_board_that_stays_away_ends_the_command_with_5(openssh: OpenSsh, workspace: Path) -> None:

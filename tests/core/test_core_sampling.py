@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from harness.metrics import UNSEEN
 from harness.records import PredictionRun
-from harness.sampling import Budget, behind, key_of, lead, merged, sample_order
+from harness.sampling import Budget, behind, by_machine, key_of, lead, merged, sample_order
 from harness.store_rows import StoredPrediction
 
 IMAGES = {digest("evaluation"): 8}
@@ -69,15 +69,31 @@ def test_parts_add_up_and_the_last_word_counts() -> None:
     assert (clean.seconds, clean.created_at) == (3.0, "2026-01-01T00:00:01")
 
 
-def test_a_complete_run_and_another_machine_start_anew() -> None:
+def test_a_complete_run_starts_anew_and_a_part_of_it_takes_nothing_away() -> None:
+    part = prediction_run((1, 2), indices=(6, 0))
+    whole = prediction_run(tuple(range(8)))
+    key = key_of(part)
+    assert merged(stored(part, whole), images=IMAGES)[key].predictions.tolist() == [*range(8)]
+    # A complete run that grows by a part of itself stays complete.
+    assert merged(stored(whole, part), images=IMAGES)[key].complete
+
+
+def test_machines_are_kept_apart_and_a_small_sample_hides_no_complete_run() -> None:
     part = prediction_run((1, 2), indices=(6, 0))
     whole = prediction_run(tuple(range(8)))
     other = prediction_run((4,), indices=(3,), machine=machine(runtime_version="9"))
     key = key_of(part)
-    assert merged(stored(part, whole), images=IMAGES)[key].predictions.tolist() == [*range(8)]
-    assert merged(stored(part, whole, other), images=IMAGES)[key].seen.tolist() == [3]
-    # A complete run that grows by a part of itself stays complete.
-    assert merged(stored(whole, part), images=IMAGES)[key].seen.size == 8
+    seen = [run.seen.size for run in by_machine(stored(whole, other), images=IMAGES)[key]]
+    assert seen == [8, 1]
+    # Where none is complete the newest counts, and the other's part is there to go on with.
+    runs = by_machine(stored(part, other, part), images=IMAGES)[key]
+    assert [run.seen.tolist() for run in runs] == [[0, 6], [3]]
+    assert [run.machine.runtime_version for run in runs] == [machine().runtime_version, "9"]
+    # Of two complete ones the newest.
+    newer = prediction_run((5,) * 8, machine=machine(runtime_version="9"))
+    assert merged(stored(whole, newer), images=IMAGES)[key].predictions.tolist() == [5] * 8
+    third = prediction_run((4,), indices=(3,), machine=machine(runtime_version="8"))
+    assert merged(stored(newer, whole, third), images=IMAGES)[key].predictions[0] == 0
 
 
 # --- how far to go -------------------------------------------------------------------------------
