@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import sys
 import sysconfig
@@ -185,13 +186,61 @@ def test_a_version_that_dies_is_replaced_by_an_older_one(bare: OpenSsh, index: P
     ]
 
 
+def test_a_board_that_needs_an_older_version_is_set_up_once(
+    bare: OpenSsh, index: Path, monkeypatch
+) -> None:
+    for module in ("wheels", "bootstrap"):
+        monkeypatch.setattr(f"devices.{module}.wanted_onnxruntime", lambda: "1.31.0")
+    wheel(index, "onnxruntime", "1.31.0", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    wheel(index, "onnxruntime", "1.30.0", "")
+    first, _ = set_up()
+    assert (first.onnxruntime, first.wanted) == ("1.30.0", "1.31.0")
+    second, told = set_up()
+    assert second == first
+    assert told == ["board is set up: onnxruntime 1.30.0"]
+
+
+def test_the_environment_before_goes_when_nobody_uses_it(
+    bare: OpenSsh, index: Path, monkeypatch
+) -> None:
+    def want(version: str) -> Path:
+        for module in ("wheels", "bootstrap"):
+            monkeypatch.setattr(f"devices.{module}.wanted_onnxruntime", lambda: version)
+        wheel(index, "onnxruntime", version, "")
+        environment, _ = set_up()
+        assert environment.onnxruntime == version
+        return bare.root / environment.folder
+
+    first = want("1.29.0")
+    with (bare.root / "lock").open("w") as lock:  # somebody measures with it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = want("1.30.0")
+        assert first.exists()
+    third = want("1.31.0")
+    assert [path.exists() for path in (first, second, third)] == [False, False, True]
+
+
+def test_a_damaged_wheel_on_the_board_is_sent_again(bare: OpenSsh, index: Path) -> None:
+    wheel(index, "onnxruntime", "1.30.0", "")
+    set_up()
+    (bare.root / "environment.json").unlink()
+    for path in (bare.root / "files").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    environment, _ = set_up()
+    assert environment.onnxruntime == "1.30.0"
+
+
 def test_a_version_that_fails_to_import_is_one_line(bare: OpenSsh, index: Path) -> None:
     wheel(index, "onnxruntime", "1.30.0", "raise ImportError('libatomic.so.1 is missing')")
     refused(HarnessError, r"1\.30\.0 does not run there: .*libatomic\.so\.1 is missing")
     assert nothing_half_done(bare)
 
 
-def test_no_wheel_for_the_board_is_one_line(bare: OpenSsh, index: Path) -> None:
+def test_no_wheel_for_the_board_is_one_line(bare: OpenSsh, index: Path, monkeypatch) -> None:
+    # An index that lists it, for other Pythons; one that lists nothing may be out of reach.
+    refused(HarnessError, "pip cannot fetch onnxruntime")
+    monkeypatch.setattr("devices.wheels._lists", lambda _package: True)
     refused(HarnessError, rf"no onnxruntime for {MACHINE}, Python 3\.\d+, glibc")
     assert nothing_half_done(bare)
 
@@ -272,7 +321,9 @@ def test_a_board_with_its_own_onnxruntime_is_taken_as_it_is(openssh: OpenSsh) ->
 
     (openssh.root / "environment.json").unlink()
     environment, told = set_up()
-    assert environment == Environment("system", None, onnxruntime.__version__, np.__version__)
+    assert environment == Environment(
+        "system", None, onnxruntime.__version__, np.__version__, onnxruntime.__version__
+    )
     assert told == [f"board: its own python3 has onnxruntime {onnxruntime.__version__}"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
 import os
 import signal
@@ -285,12 +286,37 @@ def test_a_file_that_was_damaged_there_is_sent_again(openssh: OpenSsh, model, im
         session.set_images(images)
     for path in (openssh.root / "files").iterdir():
         content = path.read_bytes()
-        if content != RUNNER.read_bytes():
-            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
     with device().open() as session:
         session.load(model.path, threads=1)
         session.set_images(images)
         np.testing.assert_array_equal(session.predict(None), model.classes(images))
+    for path in (openssh.root / "files").iterdir():  # the runner among them
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+def test_a_file_in_use_is_not_swept(openssh: OpenSsh, model) -> None:
+    with device().open() as session:
+        session.load(model.path, threads=1)
+    for path in (openssh.root / "files").iterdir():
+        os.utime(path, (1e9, 1e9))  # sent in 2001
+    with device().open() as session:
+        session.load(model.path, threads=1)
+    assert all(p.stat().st_mtime > 1.7e9 for p in (openssh.root / "files").iterdir())
+    assert len(list((openssh.root / "files").iterdir())) == 2
+
+
+def test_control_characters_of_a_board_do_not_reach_the_terminal(
+    openssh: OpenSsh, tmp_path: Path, monkeypatch
+) -> None:
+    text = RUNNER.read_text()
+    runner = tmp_path / "runner.py"
+    name = '"cpu": cpu_model(),'
+    assert name in text
+    runner.write_text(text.replace(name, '"cpu": "Cortex\\x1b[2J\\x07\\nA72",'))
+    monkeypatch.setattr("devices.ssh.RUNNER", runner)
+    with device().open() as session:
+        assert session.machine.cpu == "Cortex?[2J? A72"
 
 
 def test_a_board_that_lies_about_a_checksum_is_found_out(openssh: OpenSsh, model) -> None:
@@ -299,8 +325,8 @@ def test_a_board_that_lies_about_a_checksum_is_found_out(openssh: OpenSsh, model
         pass  # the runner arrives unharmed
     openssh.program(
         "sha256sum",
-        # $2 is files/SHA256.TOKEN.part
-        'printf "?" >> "$2"; truncate -s -1 "$2"; printf "?" | dd of="$2" conv=notrunc 2>&-\n'
+        # $2 is files/SHA256.TOKEN.part, or files/SHA256 if it is there
+        'case "$2" in *.part) printf "?" | dd of="$2" conv=notrunc 2>&-;; esac\n'
         'name=$(basename "$2"); echo "${name%%.*}  $2"',
     )
 
@@ -316,7 +342,10 @@ def test_a_board_that_lies_about_a_checksum_is_found_out(openssh: OpenSsh, model
 
 def test_a_transfer_that_arrives_damaged_leaves_nothing(openssh: OpenSsh, model) -> None:
     opened()
-    openssh.program("sha256sum", "echo 0000000000000000  x")
+    openssh.program(
+        "sha256sum",
+        'case "$2" in *.part) echo 0000000000000000  x;; *) exec /usr/bin/sha256sum "$@";; esac',
+    )
 
     def use() -> None:
         with device().open() as session:
