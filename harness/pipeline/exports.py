@@ -150,6 +150,7 @@ def _export(
     context: Context, variant: Variant | Derived, progress: Progress, *, compat: bool
 ) -> None:
     use_cpu_threads(CPU_THREADS)
+    _say_if_damaged(context, _path(context, variant, compat=compat))
     checkpoint_path = context.workspace.checkpoint(trained_for(variant.name).name)
     trained = load_checkpoint(checkpoint_path).build()
     model = deployed_form(trained)
@@ -179,6 +180,15 @@ def _export(
     progress(0.9, "memory")
     _measure_memory(context, request["out"])
     progress(1.0, "")
+
+
+def _say_if_damaged(context: Context, path: Path) -> None:
+    """A file that is not what its manifest describes is built anew; its owner should know."""
+    if path.exists() and path.with_suffix(".json").exists():
+        try:
+            load_manifest(path)
+        except HarnessError as error:
+            context.reporter.note(f"exporting {path.stem} again: {error}")
 
 
 def _measure_memory(context: Context, path: Path) -> None:
