@@ -347,7 +347,9 @@ def test_a_damaged_export_is_exported_again(
         model.write_bytes(content[:1000])
     else:
         model.with_suffix(".json").unlink()
-    succeeded(run("export", "--all", cwd=workspace))
+    outcome = succeeded(run("export", "--all", cwd=workspace))
+    said = "exporting q4 again" in outcome.err and "is not the file" in outcome.err
+    assert said == (damage != "no manifest")
     assert contents(artefacts(workspace)) == contents(before)
 
 
