@@ -11,6 +11,7 @@ from collections import Counter
 from harness.metrics import Classes, Latency
 from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
 from harness.results import current_runs, latest_latencies, result_rows
+from harness.sources import left_out
 from harness.store import Store
 from reports.view import Craft, DeviceId, RunKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
@@ -102,6 +103,10 @@ def _variants(
         attacks = sorted(
             unique.values(), key=lambda row: (paper_rank(row.uap_source or ""), row.eps or 0.0)
         )
+        by_eps: dict[float, dict[str, ResultRow]] = {}
+        for row in attacks:
+            if left_out(row.uap_source or "") is None:
+                by_eps.setdefault(row.eps or 0.0, {})[row.uap_source or ""] = row
         agreements = [row.torch_agreement for row in own if row.torch_agreement is not None]
         first = own[0]
         views.append(
@@ -114,7 +119,11 @@ def _variants(
                     control: tuple(row for row in attacks if row.uap_source == control)
                     for control in CONTROLS
                 },
-                attacked={row.uap_source or "": row for row in attacks if row.eps == reference},
+                attacked=by_eps.get(reference or 0.0, {}),
+                by_eps=by_eps,
+                left_out={
+                    row.eps or 0.0: row for row in attacks if left_out(row.uap_source or "") == name
+                },
                 targeted={
                     row.target: row
                     for row in sorted(own, key=lambda row: row.target or 0)  # stable: newest last
