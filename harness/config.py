@@ -86,7 +86,7 @@ class CraftConfig:
     """Starts of every UAP; the one that does best on a part of the attack images is kept."""
     seeds: int = 1
     """Crafting seeds: every UAP again with `seed` + 1, + 2, ..., as a file of its own."""
-    fleet_epochs: int = 10
+    fleet_epochs: int = 20
     """Passes over the attack images for a UAP of the whole fleet, whose models share them; 0: none
     is crafted, and none with one model left out."""
 
@@ -185,7 +185,9 @@ def _quickstart(dataset: str | None) -> Config:
             pp_epochs=1,
             apot_epochs=2,
         ),
-        craft=CraftConfig(attack_images=256, epochs=3, batch_size=64, inner_batch=8),
+        craft=CraftConfig(
+            attack_images=256, epochs=3, batch_size=64, inner_batch=8, fleet_epochs=6
+        ),
         export=ExportConfig(align=1),
         eval=EvalConfig(images=600),
         latency=LatencyConfig(mode="quick"),
@@ -305,7 +307,7 @@ def _check(config: Config, where: str) -> None:
         need(MIN_EPS_255 <= eps <= MAX_EPS_255, f"craft.{key}", eps, "from 1 to 255 (1/255 units)")
     for key, of in lists.items():
         need(len(set(of)) == len(of), f"craft.{key}", list(of), "without repeats")
-    need(bool(craft.transfer_budgets), "craft.transfer_eps", transfer, "at least one budget")
+    need(bool(craft.transfer_budgets), "craft.transfer_eps", transfer or [], "at least one budget")
     need(1 <= craft.restarts <= 100, "craft.restarts", craft.restarts, "from 1 to 100")
     if config.protocol == "paper":
         rule = "1 under protocol paper, whose images to choose by are those it evaluates on"

@@ -119,7 +119,7 @@ def chosen_sources(models: tuple[str, ...], all_models: bool) -> list[str]:
         members(name)
     variants = tuple(name for name in models if name not in ensembles)
     if ensembles and all_models:
-        raise UsageError("--model and --all exclude each other: give one of them")
+        raise UsageError("--model VARIANT and --all exclude each other: give one of them")
     return (chosen_variants(variants, all_models) if variants or not ensembles else []) + ensembles
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.pipeline.context import Context
-from harness.records import CONTROLS
+from harness.records import CONTROLS, PAPER_ORDER
 from harness.sources import FLEET, leave_one_out
 from harness.workspace import UapName
 
@@ -64,6 +64,13 @@ def named(
         for eps in budgets
         for target in targets or (None,)
     ]
+
+
+def matrix_names(context: Context, eps: float) -> list[UapName]:
+    """The UAPs of a transfer matrix at any budget: of variants, of the fleet, and controls."""
+    fleet = (FLEET,) if context.config.craft.fleet_epochs else ()
+    sources = (*PAPER_ORDER, *fleet, *CONTROLS)
+    return [name for source in sources for name in named(context, source, [eps], ())]
 
 
 def _seeds(context: Context, source: str) -> list[int]:
