@@ -7,18 +7,18 @@ is built. Unknown keys and wrong types are errors that name the key.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from harness.overlay import overlay, toml_value
 from harness.records import BLOCKS_PER_STAGE, UsageError
 
 ATTACKS = ("momentum", "sgd")
 """`momentum`: the strongest here (docs/adr/0007); `sgd`: the paper's."""
 PROTOCOLS = ("clean", "paper")
+REFERENCE_EPS_255 = 10.0
 MIN_EPS_255, MAX_EPS_255 = 1.0, 255.0
 """A device receives whole pixel levels: less than one of them is nothing."""
 
@@ -66,8 +66,9 @@ class CraftConfig:
 
     eps: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
     """l-infinity budgets of the untargeted UAPs, in 1/255 units."""
-    transfer_eps: float = 10.0
-    """The budget of the transfer matrix and of the targeted UAPs."""
+    transfer_eps: float | str | tuple[float, ...] = REFERENCE_EPS_255
+    """The budgets of the transfer matrix: one, a list, or `all` for those of `eps`. The targeted
+    UAPs have one of them, `reference_eps`."""
     targets: str | tuple[int, ...] = "all"
     """Target classes: `all`, or a list of class indices; an empty list for none."""
     attack_images: int = 50_000
@@ -81,6 +82,28 @@ class CraftConfig:
     """Attack `momentum`: images of one step, in place of `batch_size`; fewer make more steps."""
     momentum: float = 0.8
     """Attack `momentum`: what is kept of the steps before."""
+    restarts: int = 1
+    """Starts of every UAP; the one that does best on a part of the attack images is kept."""
+    seeds: int = 1
+    """Crafting seeds: every UAP again with `seed` + 1, + 2, ..., as a file of its own."""
+    fleet_epochs: int = 20
+    """Passes over the attack images for a UAP of the whole fleet, whose models share them; 0: none
+    is crafted, and none with one model left out."""
+
+    @property
+    def transfer_budgets(self) -> tuple[float, ...]:
+        """The budgets of the transfer matrix, ascending, without repeats."""
+        if isinstance(self.transfer_eps, str):
+            return tuple(sorted(self.eps))
+        if isinstance(self.transfer_eps, tuple):
+            return tuple(sorted(set(self.transfer_eps)))
+        return (self.transfer_eps,)
+
+    @property
+    def reference_eps(self) -> float:
+        """The transfer budget that headlines: 10 if it is one, else the largest."""
+        budgets = self.transfer_budgets
+        return REFERENCE_EPS_255 if REFERENCE_EPS_255 in budgets else budgets[-1]
 
 
 @dataclass(frozen=True)
@@ -162,7 +185,9 @@ def _quickstart(dataset: str | None) -> Config:
             pp_epochs=1,
             apot_epochs=2,
         ),
-        craft=CraftConfig(attack_images=256, epochs=3, batch_size=64, inner_batch=8),
+        craft=CraftConfig(
+            attack_images=256, epochs=3, batch_size=64, inner_batch=8, fleet_epochs=6
+        ),
         export=ExportConfig(align=1),
         eval=EvalConfig(images=600),
         latency=LatencyConfig(mode="quick"),
@@ -209,7 +234,7 @@ def config_from_dict(values: dict[str, Any], *, where: str = "harness.toml") -> 
     base = preset_named(preset, dataset=dataset)
     if values.get("protocol") == "paper":
         base = replace(base, attack="sgd")  # the authors' protocol is of the authors' attack
-    config = _overlay(base, values, where=where, prefix="")
+    config = overlay(base, values, where=where, prefix="")
     assert isinstance(config, Config)
     _check(config, where)
     return config
@@ -226,64 +251,10 @@ def to_toml(config: Config) -> str:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             tables += ["", f"[{item.name}]"]
-            tables += [f"{f.name} = {_toml(getattr(value, f.name))}" for f in fields(value)]
+            tables += [f"{f.name} = {toml_value(getattr(value, f.name))}" for f in fields(value)]
         else:
-            lines.append(f"{item.name} = {_toml(value)}")
+            lines.append(f"{item.name} = {toml_value(value)}")
     return "\n".join(lines + tables) + "\n"
-
-
-def _toml(value: Any) -> str:
-    # Text, numbers, booleans and flat lists are written alike in JSON and TOML.
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
-
-
-def _overlay(base: Any, values: dict[str, Any], *, where: str, prefix: str) -> Any:
-    hints = get_type_hints(type(base))
-    known = {item.name for item in fields(base)}
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in known:
-            close = ", ".join(sorted(known))
-            raise UsageError(f"{where}: unknown key {name!r}; known here: {close}")
-        current = getattr(base, key)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise UsageError(f"{where}: {name!r} must be a table, [{name}]")
-            changes[key] = _overlay(current, value, where=where, prefix=f"{name}.")
-        else:
-            changes[key] = _coerce(value, hints[key], where=where, name=name)
-    return replace(base, **changes)
-
-
-def _coerce(value: Any, hint: Any, *, where: str, name: str) -> Any:
-    """`value` as the field's type: exact for text, whole numbers and lists; 1 is fine for 1.0."""
-    options = get_args(hint) if hint is not str and type(hint).__name__ == "UnionType" else (hint,)
-    for option in options:
-        if option is str and isinstance(value, str):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if option is float and is_number and abs(value) <= sys.float_info.max:
-            return float(value)
-        if getattr(option, "__origin__", None) is tuple and isinstance(value, list):
-            element = get_args(option)[0]
-            return tuple(
-                _coerce(v, element, where=where, name=f"{name}[{i}]") for i, v in enumerate(value)
-            )
-    wanted = " or ".join(_plain(option) for option in options)
-    raise UsageError(f"{where}: {name} must be {wanted}, got {value!r}")
-
-
-def _plain(hint: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a number"}
-    return names.get(
-        hint,
-        "a list of " + _plain(get_args(hint)[0]).removeprefix("a ") + "s"
-        if get_args(hint)
-        else str(hint),
-    )
 
 
 def _check(config: Config, where: str) -> None:
@@ -325,10 +296,26 @@ def _check(config: Config, where: str) -> None:
         train.pp_granularity,
         f"one of {granularities}",
     )
-    for i, eps in enumerate((*craft.eps, craft.transfer_eps)):
-        key = f"craft.eps[{i}]" if i < len(craft.eps) else "craft.transfer_eps"
-        need(MIN_EPS_255 <= eps <= MAX_EPS_255, key, eps, "from 1 to 255 (1/255 units)")
-    need(len(set(craft.eps)) == len(craft.eps), "craft.eps", list(craft.eps), "without repeats")
+    transfer = craft.transfer_eps
+    if isinstance(transfer, str):
+        need(transfer == "all", "craft.transfer_eps", transfer, 'a budget, a list of them or "all"')
+    lists = {"eps": craft.eps, "transfer_eps": transfer if isinstance(transfer, tuple) else ()}
+    budgets = [(f"{name}[{i}]", eps) for name, of in lists.items() for i, eps in enumerate(of)]
+    if isinstance(transfer, float):
+        budgets.append(("transfer_eps", transfer))
+    for key, eps in budgets:
+        need(MIN_EPS_255 <= eps <= MAX_EPS_255, f"craft.{key}", eps, "from 1 to 255 (1/255 units)")
+    for key, of in lists.items():
+        need(len(set(of)) == len(of), f"craft.{key}", list(of), "without repeats")
+    need(bool(craft.transfer_budgets), "craft.transfer_eps", transfer or [], "at least one budget")
+    need(1 <= craft.restarts <= 100, "craft.restarts", craft.restarts, "from 1 to 100")
+    if config.protocol == "paper":
+        rule = "1 under protocol paper, whose images to choose by are those it evaluates on"
+        need(craft.restarts == 1, "craft.restarts", craft.restarts, rule)
+    last_seed = config.seed + craft.seeds - 1
+    need(1 <= craft.seeds <= 100, "craft.seeds", craft.seeds, "from 1 to 100")
+    need(last_seed < 2**31, "craft.seeds", craft.seeds, "small enough: seeds end at 2^31 - 1")
+    need(craft.fleet_epochs >= 0, "craft.fleet_epochs", craft.fleet_epochs, "at least 0 (0: none)")
     if isinstance(craft.targets, str):
         need(craft.targets == "all", "craft.targets", craft.targets, '"all" or a list of classes')
     else:

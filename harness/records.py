@@ -141,13 +141,6 @@ def trained_for(name: str) -> Variant:
     return deployable if isinstance(deployable, Variant) else variant_named(deployable.parent)
 
 
-def source_label(source: str) -> str:
-    """How the report prints a model or a UAP's source: its label, or the control's name."""
-    if source in DEPLOYABLE:
-        return deployable_named(source).label
-    return {"random": "random sign", "chessboard": "chessboard"}.get(source, source)
-
-
 # --- observations: raw, as the store keeps them ------------------------------------------------
 
 

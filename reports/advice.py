@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from harness.sources import FLEET
 from reports import words
 from reports.inference import ALPHA, fleet_mix, paired, pareto_front
 from reports.view import VariantView, View
@@ -176,7 +177,29 @@ def _accuracy(variant: VariantView) -> str:
 
 
 def fleet(view: View) -> list[str]:
-    """What a perturbation made for one variant does to the others."""
+    """What a perturbation made for one variant does to the others, and one made for all."""
+    return _carried_over(view) + _made_for_all(view)
+
+
+def _made_for_all(view: View) -> list[str]:
+    rates = [
+        (row.uer, v.label)
+        for v in view.variants
+        if (row := v.attacked.get(FLEET)) is not None and row.uer is not None
+    ]
+    if not rates or view.reference_eps is None:
+        return []
+    low, high = min(rates), max(rates)
+    text = f"One perturbation crafted on all variants at once reaches {percent(low[0])} UER"
+    if len(rates) > 1:
+        mean = sum(rate for rate, _ in rates) / len(rates)
+        text += f" on {low[1]} and {percent(high[0])} on {high[1]}, {percent(mean)} on average"
+    else:
+        text += f" on {low[1]}"
+    return [f"{text}: the attacker needs no knowledge of which variant a device runs."]
+
+
+def _carried_over(view: View) -> list[str]:
     carried: dict[str, list[tuple[float, str]]] = {}
     for victim in view.variants:
         for row in victim.transfers:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.records import CONTROLS
+from harness.sources import FLEET, LEAVE_ONE_OUT
 from reports import words
 from reports.tables import transfer_matrix
 from reports.view import View
-from reports.words import label_of, percent
+from reports.words import epsilon, label_of, percent
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,16 @@ class HeatMap:
     """Victims down, sources across; empty `rows` when nothing was attacked."""
 
     caption: str
+    eps: str = ""
     sources: tuple[str, ...] = ()
-    crafted: int = 0
-    """How many of the sources are variants; controls follow them."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """(heading, how many of the sources): variants, then the fleet, then controls."""
     rows: tuple[tuple[str, tuple[HeatCell, ...]], ...] = ()
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """The place of each source's group among the groups."""
+        return tuple(i for i, (_, size) in enumerate(self.groups) for _ in range(size))
 
 
 _RAMP = ((253, 246, 236), (250, 205, 160), (235, 128, 107), (176, 54, 107), (84, 22, 92))
@@ -49,11 +56,18 @@ def heat_colour(value: float) -> tuple[str, bool]:
     return "#{:02x}{:02x}{:02x}".format(*rgb), luminance < 140
 
 
-def heat_map(view: View) -> HeatMap:
-    """Figure 2: UER of every source's perturbation on every victim."""
-    sources, matrix = transfer_matrix(view)
-    crafted = [s for s in sources if s not in CONTROLS]
-    if not crafted:
+def heat_maps(view: View) -> list[HeatMap]:
+    """Figure 2: UER of every source's perturbation on every victim, the reference eps first."""
+    found = [heat_map(view, eps) for eps in view.transfer_budgets]
+    return found or [HeatMap("No crafted perturbation was applied to any variant.")]
+
+
+def heat_map(view: View, eps: float) -> HeatMap:
+    """The matrix of one budget."""
+    sources, matrix = transfer_matrix(view, eps)
+    ensembles = [s for s in sources if s in (FLEET, LEAVE_ONE_OUT)]
+    crafted = [s for s in sources if s not in (*CONTROLS, *ensembles)]
+    if not crafted and not ensembles:
         return HeatMap("No crafted perturbation was applied to any variant.")
     rows = tuple(
         (
@@ -72,12 +86,17 @@ def heat_map(view: View) -> HeatMap:
             if uer is not None and source in crafted:
                 (own if source == victim else other).append(uer)
     text = "Each row is a model under attack, each column a source. "
+    if LEAVE_ONE_OUT in ensembles:
+        text += "Leave-one-out is crafted on the fleet without the model in the row. "
     if not other:
         text += "No perturbation was applied to a variant other than its own source."
     else:
         text += f"Transferred perturbations reach {percent(sum(other) / len(other))} UER on average"
         text += f" against {percent(sum(own) / len(own))} white-box (outlined)." if own else "."
-    return HeatMap(text, tuple(label_of(s) for s in sources), len(crafted), rows)
+    sizes = (len(crafted), len(ensembles), len(sources) - len(crafted) - len(ensembles))
+    headings = ("crafted on", "on many", "controls")
+    groups = tuple((h, n) for h, n in zip(headings, sizes, strict=True) if n)
+    return HeatMap(text, epsilon(eps), tuple(label_of(s) for s in sources), groups, rows)
 
 
 def _heat_cell(uer: float | None, *, own: bool) -> HeatCell:

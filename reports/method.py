@@ -35,7 +35,10 @@ DEFINITIONS = (
     ("\u03b5", "the largest change of any pixel, in steps of 1/255."),
     ("White-box", "the perturbation was crafted on the very variant it is applied to."),
     ("Transfer", "it was crafted on another variant (the source) than the one attacked."),
-    ("Worst of all", "the highest UER of any perturbation measured: own, transferred or control."),
+    ("Fleet", "the perturbation was crafted on all variants at once, in turns, step by step."),
+    ("Leave-one-out", "it was crafted on the fleet without the variant it is applied to: what an"
+     " attacker achieves who has every other model but not the deployed one."),
+    ("Worst of all", "the highest UER of any perturbation measured, whatever it was crafted on."),
     ("Controls", "random signs and a chessboard at full budget: patterns made without looking at"
      " any model. An attack that does not beat them says little."),
     ("Gradient masking", "a model looks robust because crafting on it fails, not because it is."),

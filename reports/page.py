@@ -6,12 +6,14 @@ of `reports.figures`, whose text matplotlib escapes, are passed as markup.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reports import method, panels
-from reports.heat import heat_map
+from reports.black_box import black_box_table, black_box_text
+from reports.heat import HeatMap, heat_maps
 from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
 from reports.method import TextTable
 from reports.pictures import gallery
@@ -55,7 +57,7 @@ def html_text(view: View) -> str:
         pareto=panels.pareto(view),
         groups=conclusions(view),
         curves=panels.curves(view),
-        heat=heat_map(view),
+        matrices=_matrices(view),
         bars=panels.bars(view),
         gallery=gallery(view),
         reference=epsilon(view.reference_eps) if view.reference_eps is not None else "",
@@ -74,6 +76,26 @@ def html_text(view: View) -> str:
         dataset=clean_text(view.evaluation.dataset),
         device=view.device.label,
     )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The transfer section of one budget."""
+
+    heat: HeatMap
+    black_box: TextTable | None
+    black_box_text: str
+
+
+def _matrices(view: View) -> list[Matrix]:
+    """The reference budget's first; one without numbers where nothing was attacked."""
+    budgets: list[float | None] = [*view.transfer_budgets] or [None]
+    return [
+        Matrix(
+            heat, *((black_box_table(view, eps), black_box_text(view, eps)) if eps else (None, ""))
+        )
+        for heat, eps in zip(heat_maps(view), budgets, strict=True)
+    ]
 
 
 def _chips(view: View) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from harness.metrics import UNSEEN
 from harness.records import CONTROLS, EvaluationSet, ResultRow, UapRecord
+from harness.sources import FLEET
 from reports.view import View
 from reports.words import clean_text, label_of, paper_rank
 
@@ -147,8 +148,8 @@ def _attacked(
 
 
 def _shown_run(view: View, source: str) -> ResultRow | None:
-    """Whose predictions stand under the pictures: the source's own; under a control, Full's."""
-    name = "full" if source in CONTROLS else source
+    """Whose predictions stand under the pictures: the source's own; else Full's."""
+    name = "full" if source in (FLEET, *CONTROLS) else source
     victim = next((v for v in view.variants if v.name == name), None)
     return victim.attacked.get(source) if victim else None
 

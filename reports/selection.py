@@ -12,6 +12,7 @@ from harness.latencies import latest_latencies
 from harness.metrics import Classes, Latency
 from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
 from harness.results import current_runs, result_rows
+from harness.sources import left_out
 from harness.store import Store
 from reports.view import Craft, DeviceId, RunKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
@@ -103,6 +104,10 @@ def _variants(
         attacks = sorted(
             unique.values(), key=lambda row: (paper_rank(row.uap_source or ""), row.eps or 0.0)
         )
+        by_eps: dict[float, dict[str, ResultRow]] = {}
+        for row in attacks:
+            if left_out(row.uap_source or "") is None:
+                by_eps.setdefault(row.eps or 0.0, {})[row.uap_source or ""] = row
         agreements = [row.torch_agreement for row in own if row.torch_agreement is not None]
         first = own[0]
         views.append(
@@ -115,7 +120,11 @@ def _variants(
                     control: tuple(row for row in attacks if row.uap_source == control)
                     for control in CONTROLS
                 },
-                attacked={row.uap_source or "": row for row in attacks if row.eps == reference},
+                attacked=by_eps.get(reference or 0.0, {}),
+                by_eps=by_eps,
+                left_out={
+                    row.eps or 0.0: row for row in attacks if left_out(row.uap_source or "") == name
+                },
                 targeted={
                     row.target: row
                     for row in sorted(own, key=lambda row: row.target or 0)  # stable: newest last

@@ -14,7 +14,9 @@ from dataclasses import fields
 
 from harness.records import ResultRow
 from harness.results import as_json
+from harness.sources import LEAVE_ONE_OUT
 from reports.advice import latency_caveat
+from reports.black_box import black_box_table, black_box_text
 from reports.masking import Sentence
 from reports.tradeoff import Cell, Table, tradeoff_table
 from reports.verdicts import conclusions, headline
@@ -45,12 +47,22 @@ def json_text(rows: Sequence[ResultRow]) -> str:
     return json.dumps([as_json(row) for row in rows], indent=1) + "\n"
 
 
-def transfer_matrix(view: View) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """(sources, [(victim, UER per source)]) at the reference eps, controls last."""
-    sources = sorted({s for v in view.variants for s in v.attacked}, key=paper_rank)
+def transfer_matrix(
+    view: View, eps: float | None
+) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """(sources, [(victim, UER per source)]) at an eps.
+
+    Variants first, then the fleet and, under `LEAVE_ONE_OUT`, the fleet without the victim;
+    controls last.
+    """
+    rows = {v.name: dict(v.by_eps.get(eps or 0.0, {})) for v in view.variants}
+    for v in view.variants:
+        if eps in v.left_out:
+            rows[v.name][LEAVE_ONE_OUT] = v.left_out[eps]
+    sources = sorted({s for attacked in rows.values() for s in attacked}, key=paper_rank)
     return sources, [
-        (v.name, [v.attacked[s].uer if s in v.attacked else None for s in sources])
-        for v in view.variants
+        (name, [attacked[s].uer if s in attacked else None for s in sources])
+        for name, attacked in rows.items()
     ]
 
 
@@ -71,14 +83,22 @@ def markdown_text(view: View) -> str:
     for group in conclusions(view):
         lines = "\n".join(f"- {_bullet(sentence)}" for sentence in group.sentences)
         parts += [f"## {escape_markdown(group.title)}", lines]
-    sources, matrix = transfer_matrix(view)
-    if sources and view.reference_eps is not None:
+    for eps in view.transfer_budgets:
+        sources, matrix = transfer_matrix(view, eps)
         head = ["Victim \\\\ source", *(escape_markdown(label_of(s)) for s in sources)]
         body = [
             [escape_markdown(label_of(victim)), *(percent(u, unit=False) for u in uers)]
             for victim, uers in matrix
         ]
-        parts += [f"## Transfer: UER at {epsilon(view.reference_eps)}, %", _pipes(head, body)]
+        parts += [f"## Transfer: UER at {epsilon(eps)}, %", _pipes(head, body)]
+        if (table := black_box_table(view, eps)) is not None:
+            cells = [[escape_markdown(cell) for cell in row] for row in (table.head, *table.rows)]
+            title = f"## Black box: the fleet without the victim, at {epsilon(eps)}"
+            parts += [
+                title,
+                escape_markdown(black_box_text(view, eps)),
+                _pipes(cells[0], cells[1:]),
+            ]
     parts += [escape_markdown(note) for note in view.notes]
     return "\n\n".join(parts) + "\n"
 
@@ -142,7 +162,7 @@ def escape_latex(text: str) -> str:
 
 
 def latex_text(view: View) -> str:
-    """Two booktabs tables: the trade-off and the transfer matrix. Needs graphicx and booktabs."""
+    """Booktabs tables: the trade-off, a transfer matrix for every eps. Needs graphicx too."""
     table = tradeoff_table(view)
     caption = f"Robustness and cost on {view.device.label}, {clean_text(view.evaluation.dataset)}."
     if caveat := latency_caveat(view):
@@ -164,18 +184,17 @@ def latex_text(view: View) -> str:
         [" & ".join(groups) + r" \\", "".join(rules), head + r" \\"],
         body,
     )
-    sources, matrix = transfer_matrix(view)
-    if sources and view.reference_eps is not None:
+    for eps in view.transfer_budgets:
+        sources, matrix = transfer_matrix(view, eps)
         head = " & ".join(["Victim", *(escape_latex(label_of(s)) for s in sources)])
         body = [
             " & ".join([escape_latex(label_of(v)), *(percent(u, unit=False) for u in uers)])
             .replace(DASH, "--") + r" \\"
             for v, uers in matrix
         ]  # fmt: skip
-        caption = f"UER in % of each source's perturbation at {epsilon(view.reference_eps)}."
-        text += "\n" + _float(
-            caption, "tab:transfer", "l" + "r" * len(sources), [head + r" \\"], body
-        )
+        caption = f"UER in % of each source's perturbation at {epsilon(eps)}."
+        label = "tab:transfer" + ("" if eps == view.reference_eps else f"-eps{eps:g}")
+        text += "\n" + _float(caption, label, "l" + "r" * len(sources), [head + r" \\"], body)
     return "% Written by `harness report`; needs booktabs and graphicx.\n" + text
 
 

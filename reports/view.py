@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from harness.metrics import UNSEEN, Classes, Latency
 from harness.records import CONTROLS, EvaluationSet, Machine, ModelRecord, ResultRow, UapRecord
+from harness.sources import FLEET
 from reports.words import label_of
 
 Craft = tuple[str, str, int]
@@ -44,7 +45,12 @@ class VariantView:
     controls: dict[str, tuple[ResultRow, ...]]
     """Control -> its rows by eps."""
     attacked: dict[str, ResultRow]
-    """Source -> the untargeted row at the reference eps; controls and the variant itself too."""
+    """Source -> the untargeted row at the reference eps; controls and the variant itself too, but
+    not the fleet without this variant, which no other faces."""
+    by_eps: dict[float, dict[str, ResultRow]]
+    """The same at every eps that was measured."""
+    left_out: dict[float, ResultRow]
+    """The row by eps under the perturbation of the fleet without this variant."""
     targeted: dict[int, ResultRow]
     """Target class -> white-box targeted row."""
     any_row: ResultRow
@@ -68,7 +74,12 @@ class VariantView:
     @property
     def transfers(self) -> list[ResultRow]:
         """Rows under perturbations crafted on other variants."""
-        return [r for s, r in self.attacked.items() if s != self.name and s not in CONTROLS]
+        return self.transfers_at(self.attacked)
+
+    def transfers_at(self, attacked: dict[str, ResultRow]) -> list[ResultRow]:
+        """Of these rows, by source, those of single other variants."""
+        apart = (self.name, FLEET, *CONTROLS)
+        return [row for source, row in attacked.items() if source not in apart]
 
     @property
     def worst_transfer(self) -> ResultRow | None:
@@ -77,7 +88,9 @@ class VariantView:
     @property
     def worst(self) -> ResultRow | None:
         """The row of the perturbation, of whatever source, under which it errs most."""
-        return max(self.attacked.values(), key=_uer, default=None)
+        budgets = {row.eps for row in self.attacked.values()}
+        apart = [row for eps, row in self.left_out.items() if eps in budgets]
+        return max([*self.attacked.values(), *apart], key=_uer, default=None)
 
     @property
     def mean_tsr(self) -> float | None:
@@ -133,6 +146,19 @@ class View:
             return bool(variant.attacked)
         own = variant.white_box is not None and base.white_box is not None
         return own and len(variant.attacked) == len(base.attacked)
+
+    @property
+    def transfer_budgets(self) -> list[float]:
+        """Every eps at which a variant faced more than its own: the reference first, then up."""
+        found = {
+            eps
+            for v in self.variants
+            for eps, attacked in v.by_eps.items()
+            if v.transfers_at(attacked) or FLEET in attacked or eps in v.left_out
+        }
+        if self.reference_eps is not None:
+            found.add(self.reference_eps)
+        return sorted(found, key=lambda eps: (eps != self.reference_eps, eps))
 
     @property
     def set_apart(self) -> list[VariantView]:

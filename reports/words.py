@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from harness.records import DEPLOYABLE, source_label
+from harness.records import DEPLOYABLE
+from harness.sources import FLEET, LEAVE_ONE_OUT, source_label
 
 NBSP = "\u00a0"
 QUICK = "quick: not comparable"
@@ -60,9 +61,9 @@ def label_of(name: str) -> str:
 
 
 def paper_rank(name: str) -> tuple[int, str]:
-    """Sorts the paper's variants in the paper's order, then what is derived, then all else."""
-    rank = DEPLOYABLE.index(name) if name in DEPLOYABLE else len(DEPLOYABLE)
-    return rank, name
+    """Sorts the paper's variants in the paper's order, the derived, the fleet, then all else."""
+    order = (*DEPLOYABLE, FLEET, LEAVE_ONE_OUT)
+    return (order.index(name) if name in order else len(order)), name
 
 
 def percent(value: float | None, *, unit: bool = True) -> str:

@@ -39,10 +39,18 @@ if TYPE_CHECKING:
     "--uap",
     "uaps",
     multiple=True,
-    required=True,
     metavar="FILE",
     help="A perturbation; may be repeated. Looked up here, then in the workspace; a missing "
-    "cache/VARIANT_epsE[_tT].pt is crafted first.",
+    "cache/VARIANT_epsE[_tT].pt (or cache/fleet_epsE.pt) is crafted first.",
+)
+@click.option(
+    "--transfer",
+    "transfer_eps",
+    multiple=True,
+    type=float,
+    metavar="EPS",
+    help="The transfer matrix at this budget (1/255): the perturbations crafted on every variant, "
+    "on the fleet, and the controls. May be repeated.",
 )
 @device_option
 @deployable_options
@@ -84,6 +92,7 @@ if TYPE_CHECKING:
 @json_option
 def attack_device(
     uaps: tuple[str, ...],
+    transfer_eps: tuple[float, ...],
     device_name: str,
     models: tuple[str, ...],
     all_models: bool,
@@ -113,6 +122,7 @@ def attack_device(
       harness attack-device --device local --uap cache/full_eps10.pt
       harness attack-device --uap mine.pt --model q4 --json
       harness attack-device --uap cache/full_eps10.pt --onnx detector.onnx
+      harness attack-device --transfer 4 --all
       harness attack-device --device rpi4 --uap cache/full_eps10.pt --budget 10m
       harness attack-device --device rpi4 --uap cache/full_eps10.pt --until-ci 1.0
     """
@@ -120,6 +130,13 @@ def attack_device(
 
     if until_ci is not None and math.isnan(until_ci):  # no range holds or refuses it
         raise UsageError("--until-ci nan is no number of points: write one up to 50, such as 1.0")
+    if not uaps and not transfer_eps:
+        raise UsageError(
+            "name a perturbation with --uap FILE, or take a matrix with --transfer EPS"
+        )
+    for value in transfer_eps:
+        if not 1 <= value <= 255:
+            raise UsageError(f"--transfer {value:g} must be from 1 to 255 (1/255 units)")
     device = device_named(device_name)
     if models or all_models:
         variants: list[str] | None = chosen_variants(models, all_models, deployable=True)
@@ -134,7 +151,7 @@ def attack_device(
         context,
         variants=_exported(context) if variants is None else variants,
         onnx_files=list(onnx_files),
-        uaps=list(uaps),
+        uaps=[*uaps, *_matrix(context, transfer_eps)],
         device=device,
         budget_s=budget_s,
         until_ci=until_ci,
@@ -148,6 +165,14 @@ def attack_device(
         context.build(tasks)
         register_current(context, victims, paths)
     _print_rows(context, victims, paths, device, as_json=as_json)
+
+
+def _matrix(context: Context, budgets: tuple[float, ...]) -> list[str]:
+    """The workspace's files of a transfer matrix."""
+    from harness.pipeline.uap_names import matrix_names
+
+    names = [name for eps in budgets for name in matrix_names(context, eps)]
+    return [str(context.workspace.uap(name).resolve()) for name in names]
 
 
 def _default_latency(device: Device) -> LatencyMode:

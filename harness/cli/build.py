@@ -10,18 +10,21 @@ import click
 
 from harness.cli.options import (
     accelerator_option,
+    chosen_sources,
     chosen_variants,
     data_dir_option,
     dry_run_option,
     existing_or_new_workspace,
     json_option,
     make_context,
+    source_options,
     variant_options,
     working_in,
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
 from harness.records import CONTROLS, UsageError
+from harness.sources import is_ensemble, members
 
 if TYPE_CHECKING:
     from harness.pipeline.context import Context
@@ -67,7 +70,7 @@ def train(
 
 
 @click.command()
-@variant_options
+@source_options
 @click.option(
     "--control",
     "controls",
@@ -78,6 +81,13 @@ def train(
 @click.option("--eps", type=float, multiple=True, help="Budget in 1/255; may be repeated.")
 @click.option(
     "--target", "targets", type=click.IntRange(min=0), multiple=True, help="Target class."
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    help="N crafting seeds, each perturbation a file for every one: the experiment's seed, and "
+    "those after it (cache/VARIANT_epsE_sS.pt).  [default: craft.seeds of harness.toml]",
 )
 @workspace_option
 @accelerator_option
@@ -90,6 +100,7 @@ def craft(
     controls: tuple[str, ...],
     eps: tuple[float, ...],
     targets: tuple[int, ...],
+    seeds: int | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -100,15 +111,21 @@ def craft(
 
     Without --eps and --target: everything the configuration asks for of these variants.
 
+    `--model fleet` is one perturbation crafted on all ten variants at once; `fleet_without_q4`
+    one crafted on all but q4, for an attack on q4 by who has the rest of the fleet (leave-one-out
+    black box).
+
     \b
     Examples:
       harness craft --model full --eps 10
       harness craft --model q4 --eps 10 --target 3
+      harness craft --model full --eps 10 --seeds 5
+      harness craft --model fleet --model fleet_without_q4 --eps 10
       harness craft --control chessboard --eps 10
     """
     sources = list(controls)
     if models or all_models or not controls:
-        sources += chosen_variants(models, all_models)
+        sources += chosen_sources(models, all_models)
     if targets and controls:
         raise UsageError("--target does not go with --control: a control has no target class")
     for value in eps:
@@ -119,8 +136,9 @@ def craft(
         from harness.pipeline.checkpoints import train_tasks
         from harness.pipeline.uaps import craft_tasks
 
+        context = _with_seeds(context, seeds)
         names = _uap_names(context, sources, eps, targets)
-        trained = [name for name in sources if name not in CONTROLS]
+        trained = [name for source in sources for name in members(source)]
         paths = [context.workspace.uap(name) for name in names]
         return train_tasks(context, trained) + craft_tasks(context, names), paths
 
@@ -130,21 +148,44 @@ def craft(
 def _uap_names(
     context: Context, sources: list[str], eps: tuple[float, ...], targets: tuple[int, ...]
 ) -> list[UapName]:
-    from harness.pipeline.uap_names import targeted_names, white_box_names
-    from harness.workspace import UapName
+    from harness.pipeline.uap_names import (
+        named,
+        targeted_names,
+        transfer_names,
+        white_box_names,
+    )
 
-    config = context.config
     names: list[UapName] = []
     for source in sources:
         control = source in CONTROLS
-        if not eps and not targets:
+        if eps or targets:
+            budgets = eps or (context.config.craft.reference_eps,)
+            names += named(context, source, budgets, () if control else targets)
+        elif is_ensemble(source):
+            names += transfer_names(context, source)
+        else:
             names += white_box_names(context, source)
             names += [] if control else targeted_names(context, source)
-            continue
-        for budget in eps or (config.craft.transfer_eps,):
-            chosen = targets if targets and not control else (None,)
-            names += [UapName(source, budget, target=t, seed=config.seed) for t in chosen]
     return names
+
+
+def _with_seeds(context: Context, seeds: int | None) -> Context:
+    """The context with that many crafting seeds, for this command alone.
+
+    Raises:
+        UsageError: a seed too large for a file.
+    """
+    from dataclasses import replace
+
+    if seeds is None:
+        return context
+    config = context.config
+    if config.seed + seeds > 2**31:
+        raise UsageError(
+            f"--seeds {seeds}: the experiment's seed is {config.seed}, and they end at 2^31 - 1"
+        )
+    changed = replace(config, craft=replace(config.craft, seeds=seeds))
+    return replace(context, workspace=replace(context.workspace, config=changed))
 
 
 def build_artefacts(

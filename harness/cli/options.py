@@ -17,6 +17,7 @@ from harness.records import (
     deployable_named,
     variant_named,
 )
+from harness.sources import FLEET, LEAVE_ONE_OUT, is_ensemble, members
 
 if TYPE_CHECKING:
     from harness.pipeline.context import Context
@@ -56,6 +57,12 @@ def variant_options(command: Command) -> Command:
     return _model_options(command, ", ".join(PAPER_ORDER))
 
 
+def source_options(command: Command) -> Command:
+    """`--model VARIANT` (repeatable) or `--all`, of what perturbations are crafted on."""
+    fleet = f"{FLEET} (all of them at once), {LEAVE_ONE_OUT}_VARIANT (all but that one)"
+    return _model_options(command, f"{', '.join(PAPER_ORDER)}, {fleet}")
+
+
 def deployable_options(command: Command) -> Command:
     """`--model VARIANT` (repeatable) or `--all`, of what is exported and attacked."""
     extra = ", ".join(name for name in DEPLOYABLE if name not in PAPER_ORDER)
@@ -92,8 +99,28 @@ def chosen_variants(
     if not models and not all_models:
         raise UsageError("name variants with --model VARIANT, or take --all of them")
     for name in models:
+        if is_ensemble(name):
+            raise UsageError(
+                f"{name} is no model, but what perturbations are crafted on: "
+                f"harness craft --model {name}"
+            )
         deployable_named(name) if deployable else variant_named(name)
     return list(PAPER_ORDER) if all_models else [name for name in DEPLOYABLE if name in models]
+
+
+def chosen_sources(models: tuple[str, ...], all_models: bool) -> list[str]:
+    """The variants the options name, in the paper's order, then the ensembles of them.
+
+    Raises:
+        UsageError: as `chosen_variants`.
+    """
+    ensembles = [name for name in dict.fromkeys(models) if is_ensemble(name)]
+    for name in ensembles:
+        members(name)
+    variants = tuple(name for name in models if name not in ensembles)
+    if ensembles and all_models:
+        raise UsageError("--model VARIANT and --all exclude each other: give one of them")
+    return (chosen_variants(variants, all_models) if variants or not ensembles else []) + ensembles
 
 
 def stderr_console() -> Console:

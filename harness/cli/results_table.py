@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.stdout import StdoutConsole
-from harness.records import ResultRow, source_label
+from harness.records import ResultRow
+from harness.sources import source_label
 
 
 def print_results(rows: Sequence[ResultRow]) -> None:

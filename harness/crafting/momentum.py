@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from harness.crafting.together import Rule
 
-MIN_SELECTION, MAX_SELECTION = 64, 1024
-
 
 @dataclass(frozen=True)
 class MomentumSettings:
@@ -29,6 +27,7 @@ class MomentumSettings:
     shuffle: bool
     batch_statistics: bool
     selection: int
+    restarts: int = 1
 
     @property
     def rule(self) -> Rule:
@@ -43,9 +42,6 @@ class MomentumSettings:
             momentum=self.momentum,
             decay=True,
             selection=self.selection,
+            patterns=True,
+            restarts=self.restarts,
         )
-
-
-def selection_images(n: int) -> int:
-    """How many of n attack images choose among the candidates: an eighth, within limits."""
-    return min(n, max(MIN_SELECTION, min(MAX_SELECTION, n // 8)))

@@ -33,10 +33,13 @@ class SgdSettings:
     """False: the images in their order, as the authors had it."""
     batch_statistics: bool
     """True: batch norm in train mode, as the authors had it (protocol `paper`)."""
+    selection: int = 0
+    """Attack images that choose among restarts; 0 where there is one start, as in the paper."""
+    restarts: int = 1
 
     @property
     def rule(self) -> Rule:
-        """The optimiser: no momentum, a constant step, the last iterate."""
+        """The optimiser: no momentum, a constant step, the last iterate (of the best start)."""
         return Rule(**asdict(self))
 
 

@@ -10,19 +10,23 @@ Targeted: y is the target class and the loss is descended. The K perturbed copie
 along the batch axis, so the network runs once for many of them. No perturbation sees another:
 each is what it would be if crafted alone (bit for bit on one CPU thread).
 
-Enters: a frozen deployed model, uint8 images. Leaves: one perturbation per request. Units are
+A perturbation of several networks takes each step's gradient on one of them, in turn, in an order
+drawn anew for every round of all; the division by its mean size keeps one from dominating.
+
+Enters: frozen deployed models, uint8 images. Leaves: one perturbation per request. Units are
 pixel levels, 0..255, so eps 10 is 10.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial, write_partial
-from harness.crafting.perturbation import chessboard, to_levels
+from harness.crafting.seen import Seen
+from harness.crafting.selection import LAST, Chosen, select, selection_cost
 from harness.data.dataset import Split
 from harness.models.integer import IntegerResNet
 
@@ -56,6 +61,8 @@ class Job:
 
     request: Request
     seed: int
+    members: tuple[int, ...] = ()
+    """Positions of the networks it is crafted on; empty: all there are."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,11 @@ class Rule:
     decay: bool = False
     """Whether the step falls linearly to nothing; else it is constant."""
     selection: int = 0
-    """Attack images on which the result must not lose to its start's signs and to a chessboard;
-    0: the last iterate is the result, as in the paper."""
+    """Attack images that choose the result; 0: the last iterate is it, as in the paper."""
+    patterns: bool = False
+    """Whether the result must not lose there to its start's signs and to a chessboard."""
+    restarts: int = 1
+    """Starts of every perturbation, of which the selection keeps the best."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,10 @@ class Crafted:
     """Share of samples in the last epoch whose loss exceeded beta: they gave no gradient."""
     zero_gradient_fraction: float
     """Share of pixels whose batch gradient was exactly zero in the last epoch."""
-    chosen: str = "last iterate"
+    chosen: str = LAST
     """Which candidate it is: the last iterate, `start` or `chessboard`."""
+    start_scores: tuple[float, ...] = ()
+    """Share of the selection's images on which the last iterate of each start succeeds."""
 
 
 Progress = Callable[[int], None]
@@ -101,14 +113,14 @@ Progress = Callable[[int], None]
 
 
 def planned_steps(rule: Rule, n: int) -> int:
-    """Steps of one perturbation: the epochs asked for, less what the selection costs.
+    """Steps of one start: the epochs asked for, less its share of what the selection costs.
 
-    A forward pass counts as half a gradient evaluation, so that attacks with and without a
-    selection have the same budget.
+    So attacks with and without a selection have the same budget.
     """
     steps = rule.epochs * -(-n // rule.batch_size)
-    candidates_cost = math.ceil(len(_CANDIDATES) * min(rule.selection, n) / 2)
-    return max(1, steps - -(-candidates_cost // rule.batch_size))
+    images = min(rule.selection, n)
+    cost = selection_cost(images=images, starts=rule.restarts, patterns=rule.patterns)
+    return max(1, steps - math.ceil(cost / rule.restarts / rule.batch_size))
 
 
 def craft_together(
@@ -125,7 +137,8 @@ def craft_together(
     """Craft all perturbations in one pass; a `partial` file of the same `key` is continued.
 
     Args:
-        model: pixels float [N, C, H, W] in [0, 255] -> logits; weights are not changed.
+        model: pixels float [N, C, H, W] in [0, 255] -> logits; weights are not changed. Or an
+            `nn.ModuleList` of several such networks, for perturbations of more than one.
         split: the images they are crafted on, uint8 [N, C, H, W], with labels.
         jobs: what to craft, K requests.
         rule: the optimiser.
@@ -137,17 +150,20 @@ def craft_together(
     Returns:
         One perturbation a job: whole levels where the rule has a selection, else as it comes.
     """
-    n = len(split)
+    if rule.restarts > 1 and not rule.selection:
+        raise ValueError("restarts need images to choose among them")
+    networks = list(model) if isinstance(model, nn.ModuleList) else [model]
+    n, starts = len(split), _starts(jobs, rule)
     images = torch.from_numpy(split.images).to(device)  # uint8, resident
-    labels = _labels(split, jobs).to(device)  # [K, n]
+    labels = _labels(split, starts).to(device)  # [K, n], K starts of all jobs
     # What is selected is whole levels: more of a budget than those cannot be deployed.
-    budgets = [_budget(job.request, rule) for job in jobs]
+    budgets = [_budget(start.request, rule) for start in starts]
     eps = torch.tensor(budgets, device=device).view(-1, 1, 1, 1)
-    direction = torch.tensor([1.0 if j.request.target is None else -1.0 for j in jobs])
+    direction = torch.tensor([1.0 if s.request.target is None else -1.0 for s in starts])
     direction = direction.view(-1, 1, 1, 1).to(device)
-    start = _start_signs(split, jobs).to(device)
-    delta, velocity = start * (eps / 2), torch.zeros_like(start)
-    seen = _Seen(len(jobs), device)
+    signs = _start_signs(split, starts).to(device)
+    delta, velocity = signs * (eps / 2), torch.zeros_like(signs)
+    seen = Seen(len(starts), device)
     at_step = 0
     saved = read_partial(partial, key=key)
     if saved is not None:
@@ -155,17 +171,22 @@ def craft_together(
         velocity = saved["velocity"].to(device)
         seen.restore(saved["seen"])
     steps, per_epoch = planned_steps(rule, n), -(-n // rule.batch_size)
-    order = _orders(jobs, rule, n, epoch=at_step // per_epoch).to(device)
+    order = _orders(starts, rule, n, epoch=at_step // per_epoch).to(device)
     last_save = time.monotonic()
-    with _mode(model, rule, device):
+    with _mode(networks, rule, device):
         for t in range(at_step, steps):
             epoch, within = divmod(t, per_epoch)
             if within == 0:
-                order = _orders(jobs, rule, n, epoch=epoch).to(device)
+                order = _orders(starts, rule, n, epoch=epoch).to(device)
                 seen.new_epoch()
             batch = order[:, within * rule.batch_size : (within + 1) * rule.batch_size]  # [K, B]
             y = labels.gather(1, batch)
-            gradient, loss, over = _gradients(model, images, batch, y, delta, rule)
+            gradient, loss = torch.empty_like(delta), torch.empty(len(starts), device=device)
+            over = torch.empty_like(loss)
+            for i, turn in _turns(starts, len(networks), t).items():
+                gradient[turn], loss[turn], over[turn] = _gradients(
+                    networks[i], images, batch[turn], y[turn], delta[turn], rule
+                )
             update = gradient
             if rule.momentum > 0:
                 scale = gradient.abs().mean(dim=(1, 2, 3), keepdim=True) + TINY
@@ -180,18 +201,61 @@ def craft_together(
                 state = {"step": t + 1, "delta": delta.cpu(), "velocity": velocity.cpu()}
                 write_partial(partial, key=key, state={**state, "seen": seen.state()})
                 last_save = time.monotonic()
-        found = [(delta[k].cpu().numpy(), "last iterate") for k in range(len(jobs))]
-        if rule.selection:
-            signs = start.cpu().numpy()
-            found = [
-                _select(model, images, labels[k], job.request, found[k][0], signs[k], rule)
-                for k, job in enumerate(jobs)
-            ]
-    return [Crafted(*seen.of(k, values), chosen) for k, (values, chosen) in enumerate(found)]
+        found = []
+        for k, job in enumerate(jobs):
+            first = k * rule.restarts
+            mine = delta[first : first + rule.restarts].cpu().numpy()
+            chosen = Chosen(mine[0], LAST, ())
+            if rule.selection:
+                chosen = select(
+                    [
+                        functools.partial(_logits, networks[i], rule=rule)
+                        for i in _members(job, len(networks))
+                    ],
+                    images,
+                    labels[first],
+                    list(mine),
+                    signs[first].cpu().numpy() if rule.patterns else None,
+                    eps=job.request.eps,
+                    targeted=job.request.target is not None,
+                    count=rule.selection,
+                )
+            best = first + chosen.start
+            found.append(Crafted(*seen.of(best, chosen.values), chosen.name, chosen.scores))
+    return found
+
+
+def _starts(jobs: Sequence[Job], rule: Rule) -> list[Job]:
+    """Every start of every job as a job of its own; the first is the job itself."""
+    return [
+        job if i == 0 else replace(job, seed=zlib.crc32(f"{job.seed}/{i}".encode()) % 2**31)
+        for job in jobs
+        for i in range(rule.restarts)
+    ]
+
+
+def _members(job: Job, networks: int) -> tuple[int, ...]:
+    return job.members or tuple(range(networks))
+
+
+def _turns(starts: Sequence[Job], networks: int, t: int) -> dict[int, list[int]]:
+    """Network -> the starts whose turn on it step t is.
+
+    In a round every network has one step; who leaves one out takes the next network's in its place.
+    """
+    this_round, at = divmod(t, networks)
+    order = np.random.default_rng(this_round).permutation(networks).tolist()
+    turns: dict[int, list[int]] = {}
+    for k, start in enumerate(starts):
+        mine = _members(start, networks)
+        network = next(i for i in order[at:] + order[:at] if i in mine)
+        turns.setdefault(network, []).append(k)
+    return turns
 
 
 def _budget(request: Request, rule: Rule) -> float:
-    return float(math.floor(request.eps)) if rule.selection else request.eps
+    whole = rule.selection and rule.patterns
+    return float(math.floor(request.eps)) if whole else request.eps
 
 
 def _gradients(
@@ -206,48 +270,14 @@ def _gradients(
         chunk = slice(first, min(first + at_once, K))
         leaf = delta[chunk].detach().requires_grad_()
         attacked = (images[batch[chunk]].float() + leaf.unsqueeze(1)).clamp(0, 255).flatten(0, 1)
-        logits = model(attacked.contiguous(memory_format=torch.channels_last)).float()
+        logits = _logits(model, attacked, rule=rule)
         per_sample = F.cross_entropy(logits, y[chunk].flatten(), reduction="none").view(-1, B)
         loss = per_sample.clamp(max=rule.beta).mean(dim=1)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        over = (per_sample.detach() > rule.beta).sum(dim=1)
+        over = (per_sample.detach() > rule.beta).float().sum(dim=1)
         parts.append((gradient, loss.detach(), over))
     gradients, losses, overs = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(losses), torch.cat(overs)
-
-
-_CANDIDATES = ("last iterate", "chessboard", "start")
-
-
-@torch.no_grad()
-def _select(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    request: Request,
-    iterate: np.ndarray,
-    signs: np.ndarray,
-    rule: Rule,
-) -> tuple[np.ndarray, str]:
-    """The best of the iterate and two patterns nobody optimised, as the device receives them."""
-    n, eps = len(images), request.eps
-    shape: tuple[int, int, int] = iterate.shape
-    candidates: list[np.ndarray] = [iterate, chessboard(shape, eps=eps), signs * eps]
-    chosen = torch.linspace(0, n - 1, min(rule.selection, n), device=images.device).long()
-    pixels, y = images[chosen].to(torch.int16), labels[chosen]
-    best: tuple[int, np.ndarray, str] | None = None
-    for values, name in zip(candidates, _CANDIDATES, strict=True):
-        levels = to_levels(values, eps=eps)
-        attacked = (pixels + torch.from_numpy(levels).to(images.device)).clamp_(0, 255).float()
-        successes = 0
-        for part, wanted in zip(attacked.split(256), y.split(256), strict=True):
-            predicted = model(part.contiguous(memory_format=torch.channels_last)).argmax(dim=1)
-            hit = predicted != wanted if request.target is None else predicted == wanted
-            successes += int(hit.sum())
-        if best is None or successes > best[0]:  # a tie is the optimiser's
-            best = successes, levels.astype(np.float32), name
-    assert best is not None
-    return best[1], best[2]
 
 
 def _labels(split: Split, jobs: Sequence[Job]) -> Tensor:
@@ -273,61 +303,37 @@ def _orders(jobs: Sequence[Job], rule: Rule, n: int, *, epoch: int) -> Tensor:
     return torch.from_numpy(np.stack(orders))
 
 
-class _Seen:
-    """What the optimisation saw, per perturbation: losses of epochs, counts of the last one."""
+def _logits(network: nn.Module, pixels: Tensor, *, rule: Rule) -> Tensor:
+    """Float32 [N, classes]; in fast arithmetic on a GPU where that changes no code."""
+    fast = pixels.device.type == "cuda" and not _exact(network, rule)
+    with torch.autocast("cuda", dtype=torch.bfloat16) if fast else contextlib.nullcontext():
+        logits: Tensor = network(pixels.contiguous(memory_format=torch.channels_last))
+        return logits.float()
 
-    def __init__(self, jobs: int, device: torch.device) -> None:
-        self._epochs: list[list[float]] = []
-        self._counts = torch.zeros(3, jobs, device=device)
-        """Sums of loss and of saturated samples over images, of zero gradients over steps."""
-        self._images = self._steps = 0
 
-    def new_epoch(self) -> None:
-        if self._images:
-            self._epochs.append((self._counts[0] / self._images).tolist())
-        self._counts.zero_()
-        self._images = self._steps = 0
-
-    def add(self, loss: Tensor, over: Tensor, gradient: Tensor, *, images: int) -> None:
-        zero = (gradient == 0).float().mean(dim=(1, 2, 3))
-        self._counts += torch.stack([loss * images, over.float(), zero])
-        self._images += images
-        self._steps += 1
-
-    def state(self) -> dict[str, Any]:
-        counts = self._counts.cpu()
-        return {"epochs": self._epochs, "counts": counts, "n": [self._images, self._steps]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._epochs = list(state["epochs"])
-        self._counts.copy_(state["counts"])
-        self._images, self._steps = state["n"]
-
-    def of(self, k: int, values: np.ndarray) -> tuple[np.ndarray, tuple[float, ...], float, float]:
-        loss, over, zero = self._counts[:, k].tolist()
-        losses = (*(epoch[k] for epoch in self._epochs), loss / self._images)
-        return values, losses, over / self._images, zero / self._steps
+def _exact(network: nn.Module, rule: Rule) -> bool:
+    # Whole numbers up to 2^24 are exact in float32 only: no bf16, no TF32 for them.
+    # And what reproduces the authors' runs has their arithmetic.
+    return isinstance(network, IntegerResNet) or rule.batch_statistics
 
 
 @contextlib.contextmanager
-def _mode(model: nn.Module, rule: Rule, device: torch.device) -> Iterator[None]:
-    """The network as the rule wants it; fast arithmetic on a GPU where that changes no code."""
-    set_batch_statistics(model, rule.batch_statistics)
+def _mode(networks: Sequence[nn.Module], rule: Rule, device: torch.device) -> Iterator[None]:
+    """The networks as the rule wants them; fast arithmetic where it changes no code."""
+    for network in networks:
+        set_batch_statistics(network, rule.batch_statistics)
     try:
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":
-                # Whole numbers up to 2^24 are exact in float32 only: no bf16, no TF32 for them.
-                # And what reproduces the authors' runs has their arithmetic.
-                exact = isinstance(model, IntegerResNet) or rule.batch_statistics
+                exact = any(_exact(network, rule) for network in networks)
                 flags = torch.backends.cudnn.flags(
                     enabled=True, deterministic=True, allow_tf32=not exact
                 )
                 stack.enter_context(flags)
-                if not exact:
-                    stack.enter_context(torch.autocast("cuda", dtype=torch.bfloat16))
             yield
     finally:
-        set_batch_statistics(model, False)
+        for network in networks:
+            set_batch_statistics(network, False)
 
 
 def set_batch_statistics(model: nn.Module, enabled: bool) -> None:

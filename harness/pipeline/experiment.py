@@ -24,16 +24,24 @@ from harness.pipeline.exports import export_tasks
 from harness.pipeline.instructions import instructions_task
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
-from harness.pipeline.uap_names import control_names, targeted_names, transfer_name, white_box_names
+from harness.pipeline.uap_names import (
+    control_names,
+    fleet_names,
+    leave_one_out_names,
+    targeted_names,
+    transfer_name,
+    transfer_names,
+    white_box_names,
+)
 from harness.pipeline.uaps import craft_tasks
 from harness.records import (
-    CONTROLS,
     DEPLOYABLE,
     PAPER_ORDER,
     UsageError,
     trained_for,
     variant_named,
 )
+from harness.sources import is_source, members
 from harness.workspace import UapName, parse_uap_name
 
 LatencyMode = Literal["none", "quick", "full"]
@@ -55,13 +63,22 @@ def all_uap_names(context: Context, variants: list[str]) -> list[UapName]:
     names = control_names(context)
     for source in variants:
         names += white_box_names(context, source) + targeted_names(context, source)
+    names += fleet_names(context)
+    for victim in variants:
+        names += leave_one_out_names(context, victim)
     return names
 
 
 def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list[UapName]:
-    """What one victim is attacked with: controls, its own UAPs, and every other source's one."""
+    """What one victim is attacked with.
+
+    Controls, its own UAPs, every other source's at the transfer budgets, the whole fleet's, and
+    that of the fleet without it.
+    """
     names = control_names(context) + white_box_names(context, victim)
-    names += [transfer_name(context, source) for source in variants if source != victim]
+    for source in variants:
+        names += transfer_names(context, source) if source != victim else []
+    names += fleet_names(context) + leave_one_out_names(context, victim)
     return names + targeted_names(context, victim)
 
 
@@ -140,7 +157,7 @@ def attack_tasks(
         raise UsageError("two --onnx files have the same name: rename one, so rows stay apart")
     for path in onnx_files:
         _check_onnx(context, path)
-    sources = [name.source for name in names if name.source not in CONTROLS]
+    sources = [member for name in names for member in members(name.source)]
     tasks = train_tasks(context, [*variants, *sources])
     tasks += export_tasks(context, variants) + craft_tasks(context, names)
     victims = [variant_victim(context, name) for name in variants]
@@ -170,7 +187,7 @@ def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
     # Only the canonical name, in this workspace, is ours to build.
     ours = (
         name is not None
-        and name.source in (*CONTROLS, *PAPER_ORDER)
+        and is_source(name.source)
         and in_workspace.resolve() == context.workspace.uap(name).resolve()
     )
     if path.exists() and path.resolve() != in_workspace.resolve():

@@ -198,6 +198,6 @@ def _delta_255(context: Context, variant: str) -> tuple[npt.NDArray[np.int16], s
     path = context.workspace.uap(name)
     if valid_uap(context, name):
         return load_perturbation(path).delta_255, path.name
-    eps = context.config.craft.transfer_eps
+    eps = context.config.craft.reference_eps
     signs = random_sign(context.image_shape, eps=eps, seed=context.config.seed)
     return to_levels(signs, eps=eps).astype(np.int16), f"random signs at eps {eps:g}"

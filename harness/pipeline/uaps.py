@@ -1,11 +1,13 @@
 """Stage `craft`: checkpoint -> universal adversarial perturbations, a source's in one pass.
 
-Enters: a variant's checkpoint and the attack split. Leaves: `cache/<source>_eps<E>[_t<T>].pt`.
+Enters: a variant's checkpoint, or those of the fleet, and the attack split. Leaves:
+`cache/<source>_eps<E>[_t<T>].pt`.
 Under protocol `clean` the model that is attacked is the deployed form: what is crafted on is what
 ships. Under `paper` it is the trained model, as it was for the authors.
 
 There is a task for every file, but the first task of a source crafts all that the source lacks;
-the others find theirs made. Sources are crafted side by side, each on one thread.
+the others find theirs made. Sources are crafted side by side, each on one thread; the fleet and
+all that leave one variant out of it are one source, since their models are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,8 +24,7 @@ import numpy.typing as npt
 from torch import nn
 
 from harness.artefacts import cache_key
-from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255, CraftConfig
-from harness.crafting.momentum import MomentumSettings, selection_images
+from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import (
     Perturbation,
     chessboard,
@@ -33,10 +34,9 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.sgd import SgdSettings
 from harness.crafting.together import Crafted, Job, Request, craft_together, planned_steps
-from harness.data.dataset import Split
 from harness.models.checkpoint import load_checkpoint
+from harness.pipeline.attack_settings import Settings, craft_split, settings_key, settings_of
 from harness.pipeline.checkpoints import (
     checkpoint_key,
     deployed_form,
@@ -47,6 +47,7 @@ from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, UsageError, variant_named
+from harness.sources import FLEET, is_ensemble, members
 from harness.workspace import UapName
 
 VERSION = 1
@@ -72,7 +73,8 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
             continue
         settings = settings_of(context, name)
         # A pass has one rule: under protocol `paper`, targeted runs may have another.
-        group = (name.source, attack_of(context, name), settings.batch_statistics)
+        source = FLEET if is_ensemble(name.source) else name.source
+        group = (source, attack_of(context, name), settings.batch_statistics)
         if group not in passes:
             passes[group] = _Pass(context, settings)
         passes[group].names.append(name)
@@ -95,11 +97,24 @@ def uap_key(context: Context, name: UapName) -> str:
         eps=name.eps,
         target=name.target,
         seed=name.seed,
-        settings=asdict(settings_of(context, name)),
+        settings=settings_key(settings_of(context, name)),
         labels=labels,
-        source=checkpoint_key(context, variant_named(name.source)),
+        source=_source_key(context, name.source),
         images=context.data.digests["evaluation" if paper else "attack"],
     )
+
+
+def _source_key(context: Context, source: str) -> str | dict[str, str]:
+    keys = {name: checkpoint_key(context, variant_named(name)) for name in members(source)}
+    return keys if is_ensemble(source) else keys[source]
+
+
+def _checkpoints_sha256(context: Context, source: str) -> str:
+    """Digest of the checkpoint a source is crafted on; of an ensemble, of all of them."""
+    found = [context.sha256(context.workspace.checkpoint(name)) for name in members(source)]
+    if not is_ensemble(source):
+        return found[0]
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def valid_uap(context: Context, name: UapName) -> bool:
@@ -116,11 +131,10 @@ def valid_uap(context: Context, name: UapName) -> bool:
         return False
     if name.source in CONTROLS:
         return True
-    variant = variant_named(name.source)
-    if not valid_checkpoint(context, variant):
+    variants = [variant_named(member) for member in members(name.source)]
+    if not all(valid_checkpoint(context, variant) for variant in variants):
         return False
-    checkpoint_sha256 = context.sha256(context.workspace.checkpoint(variant.name))
-    return perturbation.meta.get("checkpoint_sha256") == checkpoint_sha256
+    return perturbation.meta.get("checkpoint_sha256") == _checkpoints_sha256(context, name.source)
 
 
 def _check_name(context: Context, name: UapName) -> None:
@@ -135,7 +149,11 @@ def _check_name(context: Context, name: UapName) -> None:
         if name.target is not None:
             raise UsageError(f"{name.stem}: a control has no target class")
         return
-    variant_named(name.source)
+    members(name.source)
+    if is_ensemble(name.source) and not context.config.craft.fleet_epochs:
+        raise UsageError(
+            f"{name.stem}: craft.fleet_epochs is 0 in harness.toml: set it to craft on the fleet"
+        )
     if name.attack == context.config.attack:
         plain = replace(name, attack="").stem
         raise UsageError(f"{name.stem}: {name.attack} is this workspace's attack: name it {plain}")
@@ -160,18 +178,22 @@ def _control_task(context: Context, name: UapName) -> Task:
 
 @dataclass
 class _Pass:
-    """The perturbations of one source: whichever task runs first crafts all that are missing."""
+    """The perturbations of one source, or of all ensembles, made by whichever task runs first."""
 
     context: Context
-    settings: SgdSettings | MomentumSettings
+    settings: Settings
     names: list[UapName] = field(default_factory=list)
     _made: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tasks(self) -> list[Task]:
         """One task a perturbation: the first that is missing stands for the work of all."""
-        context, variant = self.context, variant_named(self.names[0].source)
-        work = CRAFT_COST[variant.method] * self.settings.epochs * len(_craft_split(context))
+        context = self.context
+        variants = [variant_named(m) for name in self.names for m in members(name.source)]
+        cost = sum(CRAFT_COST[variant.method] for variant in variants) / len(variants)
+        passes = self.settings.epochs * self.settings.restarts
+        work = cost * passes * len(craft_split(context))
+        trained = tuple(dict.fromkeys(task_name(variant.name) for variant in variants))
         missing = [name for name in self.names if not valid_uap(context, name)]
         first = missing[0] if missing else self.names[0]
 
@@ -186,7 +208,7 @@ class _Pass:
                 is_done=lambda: name.stem not in self._made and valid_uap(context, name),
                 run=self._run,
                 side_by_side=True,
-                after=(task_name(name.source), *before),
+                after=(*trained, *before),
             )
 
         return [task(name) for name in self.names]
@@ -200,79 +222,31 @@ class _Pass:
                 self._made.update(name.stem for name in missing)
 
 
-def _craft_split(context: Context) -> Split:
-    data = context.data
-    return data.evaluation if context.config.protocol == "paper" else data.attack
-
-
-def settings_of(context: Context, name: UapName) -> SgdSettings | MomentumSettings:
-    """How a perturbation is crafted, of the configuration, the protocol and its name."""
-    craft = context.config.craft
-    paper = context.config.protocol == "paper"
-    # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
-    quantised = variant_named(name.source).method == "apot"
-    in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
-    make = _SETTINGS[attack_of(context, name)]
-    return make(craft, len(_craft_split(context)), paper, paper and in_train_mode)
-
-
-def _sgd_settings(craft: CraftConfig, _n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
-    return SgdSettings(
-        epochs=craft.epochs,
-        batch_size=craft.batch_size,
-        step=craft.step,
-        beta=craft.beta,
-        shuffle=not paper,
-        batch_statistics=batch_statistics,
-    )
-
-
-def _momentum_settings(
-    craft: CraftConfig, n: int, paper: bool, batch_statistics: bool
-) -> MomentumSettings:
-    return MomentumSettings(
-        epochs=craft.epochs,
-        batch_size=craft.inner_batch,
-        step=craft.step,
-        beta=craft.beta,
-        momentum=craft.momentum,
-        shuffle=not paper,
-        batch_statistics=batch_statistics,
-        selection=selection_images(n),
-    )
-
-
-_SETTINGS: dict[str, Callable[[CraftConfig, int, bool, bool], SgdSettings | MomentumSettings]] = {
-    "sgd": _sgd_settings,
-    "momentum": _momentum_settings,
-}
-"""(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
-
-
 def _craft(
     context: Context,
     names: Sequence[UapName],
-    settings: SgdSettings | MomentumSettings,
+    settings: Settings,
     partial: Path,
     progress: Progress,
 ) -> None:
     use_cpu_threads(TRAIN_THREADS)
-    workspace, source, split = context.workspace, names[0].source, _craft_split(context)
+    workspace, split = context.workspace, craft_split(context)
     keys = [uap_key(context, name) for name in names]
-    checkpoint_sha256 = context.sha256(workspace.checkpoint(source))
     paper = context.config.protocol == "paper"
-    trained = load_checkpoint(workspace.checkpoint(source)).build()
+    fleet = list(dict.fromkeys(member for name in names for member in members(name.source)))
+    trained = [load_checkpoint(workspace.checkpoint(member)).build() for member in fleet]
     # The authors' protocol needs batch norm to be there; ours has it folded.
-    model: nn.Module = trained if paper else deployed_form(trained)
+    model = nn.ModuleList(network if paper else deployed_form(network) for network in trained)
+    checkpoints = {name.source: _checkpoints_sha256(context, name.source) for name in names}
     steps = planned_steps(settings.rule, len(split))
-    total, done = settings.epochs * len(split) * len(names), 0
+    total, done = settings.epochs * settings.restarts * len(split) * len(names), 0
 
     def advance(images: int) -> None:
         nonlocal done
         done += images
         progress(min(done / total, 1.0), f"{len(names)} at once" if len(names) > 1 else "")
 
-    together = hashlib.sha256(" ".join(keys).encode()).hexdigest()
+    together = hashlib.sha256(" ".join([*keys, *checkpoints.values()]).encode()).hexdigest()
     crafted = craft_together(
         model.requires_grad_(requires_grad=False).to(context.accelerator),
         split,
@@ -280,11 +254,12 @@ def _craft(
             Job(
                 Request(name.eps, name.target),
                 seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
+                members=tuple(fleet.index(member) for member in members(name.source)),
             )
             for name in names
         ],
         settings.rule,
-        key=f"{together} on {checkpoint_sha256}",
+        key=together,
         partial=partial,
         device=context.accelerator,
         progress=advance,
@@ -296,7 +271,7 @@ def _craft(
         meta = {
             **perturbation.meta,
             "attack": attack_of(context, name),
-            "checkpoint_sha256": checkpoint_sha256,
+            "checkpoint_sha256": checkpoints[name.source],
             "settings": asdict(settings),
             "images": len(split),
             "steps": steps,
@@ -312,6 +287,7 @@ def _what_was_seen(found: Crafted) -> dict[str, object]:
         "saturated_fraction": found.saturated_fraction,
         "zero_gradient_fraction": found.zero_gradient_fraction,
         "chosen": found.chosen,
+        "start_scores": list(found.start_scores),
     }
 
 

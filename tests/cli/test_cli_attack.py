@@ -31,7 +31,7 @@ from cli_cases import (
 )
 
 from devices.session import DeviceSession
-from harness.records import PAPER_ORDER
+from harness.records import CONTROLS, PAPER_ORDER
 
 Run = Callable[..., Outcome]
 
@@ -76,6 +76,40 @@ def test_the_current_folder_comes_before_the_workspace(
     mine.unlink()
     rows = rows_of(run(*command, "--uap", "cache/full_eps10.pt", cwd=here))
     assert rows[1]["uap_sha256"] == sha256(workspace / "cache" / "full_eps10.pt")
+
+
+def test_a_transfer_matrix_at_another_budget(run: Run, workspace: Path, tmp_path: Path) -> None:
+    """Crafts what it lacks, in the workspace whatever lies in the current folder."""
+    before = artefacts(workspace)
+    command = ("attack-device", "--transfer", "6", "--model", "pp3", "--workspace", workspace)
+    rows = rows_of(run(*command, "--json", cwd=tmp_path))
+    sources = (*PAPER_ORDER, "fleet", *CONTROLS)
+    assert written(before, artefacts(workspace)) == {f"{source}_eps6.pt" for source in sources}
+    assert {(r["uap_source"], r["eps"]) for r in rows[1:]} == {(source, 6.0) for source in sources}
+    page = tmp_path / "report"
+    succeeded(run("report", "--workspace", workspace, "--out", page, cwd=tmp_path))
+    assert "The same at \u03b5\u00a0=\u00a06/255" in (page / "index.html").read_text()
+
+
+def test_the_fleet_without_the_victim_and_more_seeds(run: Run, workspace: Path) -> None:
+    before = artefacts(workspace)
+    craft = ("craft", "--model", "fleet_without_q4", "--model", "fleet", "--eps", "8")
+    outcome = succeeded(run(*craft, "--seeds", "2", cwd=workspace))
+    stems = [f"{s}_eps8{seed}" for s in ("fleet_without_q4", "fleet") for seed in ("_s1", "")]
+    assert outcome.out.splitlines() == [f"cache/{stem}.pt" for stem in stems]
+    assert written(before, artefacts(workspace)) == {f"{stem}.pt" for stem in stems}
+    contents = [torch.load(workspace / "cache" / f"{s}.pt", weights_only=True) for s in stems]
+    assert [c["seed"] for c in contents] == [1, 0, 1, 0]
+    assert contents[0]["source"] == "fleet_without_q4"
+    assert not torch.equal(contents[0]["delta"], contents[1]["delta"])
+    command = ("attack-device", "--model", "q4", "--json", *uap_flags(stems[:2]))
+    _, *rows = rows_of(run(*command, cwd=workspace))
+    assert {(r["uap_source"], r["seed"]) for r in rows} == {("fleet_without_q4", s) for s in (0, 1)}
+    assert {r["attack"] for r in rows} == {"momentum"}
+
+
+def uap_flags(stems: list[str]) -> list[str]:
+    return [word for stem in stems for word in ("--uap", f"cache/{stem}.pt")]
 
 
 def test_a_missing_uap_of_ours_is_crafted_first(run: Run, workspace: Path) -> None:

@@ -233,7 +233,7 @@ def test_plan_of_an_empty_workspace(run: Run, empty: Path) -> None:
         assert task["estimated_seconds"] >= 0
     stages = [task["stage"] for task in tasks]
     counts = {stage: stages.count(stage) for stage in stages}
-    assert counts == {"train": 10, "export": 10, "craft": 4 + 10 * 4, "evaluate": 10}
+    assert counts == {"train": 10, "export": 10, "craft": 4 + 10 * 4 + 11, "evaluate": 10}
     assert list(counts) == ["train", "export", "craft", "evaluate"]
     assert sum(task["estimated_seconds"] for task in tasks) > 0
     people = succeeded(run("plan", cwd=empty))
@@ -245,7 +245,7 @@ def test_plan_of_an_empty_workspace(run: Run, empty: Path) -> None:
 def test_plan_of_a_finished_workspace(run: Run, workspace: Path) -> None:
     before = artefacts(workspace)
     tasks = json.loads(succeeded(run("plan", "--json", cwd=workspace)).out)
-    assert len(tasks) == 74
+    assert len(tasks) == 85
     assert all(task["cached"] and task["estimated_seconds"] is None for task in tasks)
     assert "nothing" in succeeded(run("plan", cwd=workspace)).out
     assert artefacts(workspace) == before

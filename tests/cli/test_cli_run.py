@@ -87,13 +87,14 @@ def test_the_report_is_five_files_and_the_page_stands_alone(tiny: Tiny) -> None:
     page = (tiny.root / "report" / "index.html").read_text()
     for label in ("SFP+M", "PP3", "Q2"):
         assert label in page
-    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 360
+    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 400
 
 
 def test_the_cache_holds_what_the_experiment_implies(tiny: Tiny) -> None:
     expected = {f"{v}{end}" for v in PAPER_ORDER for end in (".pt", ".onnx", ".json")}
     expected |= {f"{s}_eps{e}.pt" for s in (*PAPER_ORDER, *CONTROLS) for e in EPS}
     expected |= {f"{v}_eps10_t{t}.pt" for v in PAPER_ORDER for t in TARGETS}
+    expected |= {"fleet_eps10.pt", *(f"fleet_without_{v}_eps10.pt" for v in PAPER_ORDER)}
     assert set(artefacts(tiny.root)) == expected
     assert not list((tiny.root / "cache" / ".partial").glob("*"))  # and nothing unfinished
 
@@ -123,10 +124,11 @@ def test_rows_are_exactly_the_experiment(rows: list[Row]) -> None:
         attacks += [(source, e, None) for source in (*CONTROLS, victim) for e in EPS]
         attacks += [(source, 10, None) for source in PAPER_ORDER if source != victim]
         attacks += [(victim, 10, t) for t in TARGETS]
-        assert len(attacks) == 1 + 4 + 2 + 9 + 2
+        attacks += [(source, 10, None) for source in ("fleet", f"fleet_without_{victim}")]
+        assert len(attacks) == 1 + 4 + 2 + 9 + 2 + 2
         expected |= {(victim, rt, *a) for a in attacks for rt in ("onnxruntime", "torch")}
     found = [(r["variant"], r["runtime"], r["uap_source"], r["eps"], r["target"]) for r in rows]
-    assert len(found) == len(set(found)) == 360
+    assert len(found) == len(set(found)) == 400
     assert set(found) == expected
 
 
@@ -202,10 +204,10 @@ def test_compressed_files_cost_less(rows: list[Row]) -> None:
 def test_results_can_be_narrowed(run: Callable[..., Outcome], tiny: Tiny) -> None:
     chosen = run("results", "--json", "--model", "q4", "--runtime", "torch", cwd=tiny.root)
     narrowed = json.loads(succeeded(chosen).out)
-    assert len(narrowed) == 18
+    assert len(narrowed) == 20
     assert {(r["variant"], r["runtime"]) for r in narrowed} == {("q4", "torch")}
     for_people = succeeded(run("results", "--model", "q4", cwd=tiny.root))
-    assert len(for_people.out.splitlines()) == 1 + 36
+    assert len(for_people.out.splitlines()) == 1 + 40
     assert for_people.err == ""
 
 
@@ -226,7 +228,7 @@ def test_the_report_can_be_written_elsewhere(
 def test_a_second_run_builds_nothing(workspace: Path) -> None:
     before, stored = artefacts(workspace), table(workspace, "SELECT * FROM prediction_run")
     outcome = succeeded(harness("run", cwd=workspace))
-    assert outcome.err.splitlines() == ["74 already built and still valid: not built again"]
+    assert outcome.err.splitlines() == ["85 already built and still valid: not built again"]
     assert outcome.out == "report/index.html\n"
     assert artefacts(workspace) == before
     assert table(workspace, "SELECT * FROM prediction_run") == stored

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from harness.artefacts import read_partial
 from harness.crafting import together
-from harness.crafting.momentum import MomentumSettings, selection_images
+from harness.crafting.momentum import MomentumSettings
 from harness.crafting.perturbation import chessboard, random_sign, to_levels
+from harness.crafting.selection import selection_images
 from harness.crafting.sgd import SgdSettings, craft_sgd
 from harness.crafting.together import Crafted, Job, Request, Rule, craft_together, planned_steps
 from harness.inference import predict

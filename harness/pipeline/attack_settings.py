@@ -1,0 +1,89 @@
+"""How a perturbation is crafted: the configuration, the protocol and its name, as an attack's own.
+
+Enters: a context and a `UapName`. Leaves: the settings of `harness.crafting`'s attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+from harness.config import CraftConfig
+from harness.crafting.momentum import MomentumSettings
+from harness.crafting.selection import selection_images
+from harness.crafting.sgd import SgdSettings
+from harness.data.dataset import Split
+from harness.pipeline.context import Context
+from harness.pipeline.uap_names import attack_of
+from harness.records import variant_named
+from harness.sources import is_ensemble, members
+from harness.workspace import UapName
+
+Settings = SgdSettings | MomentumSettings
+
+
+def craft_split(context: Context) -> Split:
+    """The images perturbations are crafted on."""
+    data = context.data
+    return data.evaluation if context.config.protocol == "paper" else data.attack
+
+
+def settings_of(context: Context, name: UapName) -> Settings:
+    """How a perturbation is crafted, of the configuration, the protocol and its name."""
+    craft = context.config.craft
+    paper = context.config.protocol == "paper"
+    # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
+    # They had no ensembles; ours take no statistics of a batch.
+    quantised = any(variant_named(member).method == "apot" for member in members(name.source))
+    in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
+    train_mode = paper and in_train_mode and not is_ensemble(name.source)
+    if is_ensemble(name.source):
+        craft = replace(craft, epochs=craft.fleet_epochs)
+    make = _MAKERS[attack_of(context, name)]
+    return make(craft, len(craft_split(context)), paper, train_mode)
+
+
+def _sgd_settings(craft: CraftConfig, n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
+    return SgdSettings(
+        epochs=craft.epochs,
+        batch_size=craft.batch_size,
+        step=craft.step,
+        beta=craft.beta,
+        shuffle=not paper,
+        batch_statistics=batch_statistics,
+        selection=selection_images(n) if craft.restarts > 1 else 0,
+        restarts=craft.restarts,
+    )
+
+
+def _momentum_settings(
+    craft: CraftConfig, n: int, paper: bool, batch_statistics: bool
+) -> MomentumSettings:
+    return MomentumSettings(
+        epochs=craft.epochs,
+        batch_size=craft.inner_batch,
+        step=craft.step,
+        beta=craft.beta,
+        momentum=craft.momentum,
+        shuffle=not paper,
+        batch_statistics=batch_statistics,
+        selection=selection_images(n),
+        restarts=craft.restarts,
+    )
+
+
+_MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
+    "sgd": _sgd_settings,
+    "momentum": _momentum_settings,
+}
+"""(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
+
+
+def settings_key(settings: Settings) -> dict[str, object]:
+    """What is crafted from one start is what it was before there were restarts."""
+    values = asdict(settings)
+    if settings.restarts == 1:
+        del values["restarts"]
+        if isinstance(settings, SgdSettings):
+            del values["selection"]
+    return values
