@@ -16,8 +16,8 @@ from typing import Any, get_args, get_type_hints
 
 from harness.records import BLOCKS_PER_STAGE, UsageError
 
-ATTACKS = ("momentum", "sgd")
-"""`momentum`: the strongest here (docs/adr/0007); `sgd`: the paper's."""
+ATTACKS = ("momentum", "sgd", "spsa")
+"""`momentum`: the strongest here (ADR 7); `sgd`: the paper's; `spsa`: gradient-free (ADR 10)."""
 PROTOCOLS = ("clean", "paper")
 MIN_EPS_255, MAX_EPS_255 = 1.0, 255.0
 """A device receives whole pixel levels: less than one of them is nothing."""

@@ -21,6 +21,7 @@ from harness.cli.options import (
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
+from harness.config import ATTACKS
 from harness.records import CONTROLS, UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +80,12 @@ def train(
 @click.option(
     "--target", "targets", type=click.IntRange(min=0), multiple=True, help="Target class."
 )
+@click.option(
+    "--attack",
+    type=click.Choice(ATTACKS),
+    help="How: momentum, the paper's sgd, or spsa, which uses no gradients.  [default: the "
+    "workspace's, from harness.toml]",
+)
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -90,6 +97,7 @@ def craft(
     controls: tuple[str, ...],
     eps: tuple[float, ...],
     targets: tuple[int, ...],
+    attack: str | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -104,6 +112,7 @@ def craft(
     Examples:
       harness craft --model full --eps 10
       harness craft --model q4 --eps 10 --target 3
+      harness craft --model q4 --eps 10 --attack spsa
       harness craft --control chessboard --eps 10
     """
     sources = list(controls)
@@ -111,6 +120,8 @@ def craft(
         sources += chosen_variants(models, all_models)
     if targets and controls:
         raise UsageError("--target does not go with --control: a control has no target class")
+    if attack is not None and controls and not (models or all_models):
+        raise UsageError("--attack does not go with --control: a control attacks nothing")
     for value in eps:
         if not 1 <= value <= 255:
             raise UsageError(f"--eps {value:g} must be from 1 to 255 (1/255 units)")
@@ -119,7 +130,7 @@ def craft(
         from harness.pipeline.checkpoints import train_tasks
         from harness.pipeline.uaps import craft_tasks
 
-        names = _uap_names(context, sources, eps, targets)
+        names = _uap_names(context, sources, eps, targets, attack)
         trained = [name for name in sources if name not in CONTROLS]
         paths = [context.workspace.uap(name) for name in names]
         return train_tasks(context, trained) + craft_tasks(context, names), paths
@@ -128,8 +139,14 @@ def craft(
 
 
 def _uap_names(
-    context: Context, sources: list[str], eps: tuple[float, ...], targets: tuple[int, ...]
+    context: Context,
+    sources: list[str],
+    eps: tuple[float, ...],
+    targets: tuple[int, ...],
+    attack: str | None,
 ) -> list[UapName]:
+    from dataclasses import replace
+
     from harness.pipeline.uap_names import targeted_names, white_box_names
     from harness.workspace import UapName
 
@@ -144,6 +161,8 @@ def _uap_names(
         for budget in eps or (config.craft.transfer_eps,):
             chosen = targets if targets and not control else (None,)
             names += [UapName(source, budget, target=t, seed=config.seed) for t in chosen]
+    if attack not in (None, config.attack):  # the workspace's own carries no attack in its name
+        names = [n if n.source in CONTROLS else replace(n, attack=attack) for n in names]
     return names
 
 

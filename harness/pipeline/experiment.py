@@ -24,7 +24,13 @@ from harness.pipeline.exports import export_tasks
 from harness.pipeline.instructions import instructions_task
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
-from harness.pipeline.uap_names import control_names, targeted_names, transfer_name, white_box_names
+from harness.pipeline.uap_names import (
+    control_names,
+    gradient_free_names,
+    targeted_names,
+    transfer_name,
+    white_box_names,
+)
 from harness.pipeline.uaps import craft_tasks
 from harness.records import (
     CONTROLS,
@@ -55,6 +61,7 @@ def all_uap_names(context: Context, variants: list[str]) -> list[UapName]:
     names = control_names(context)
     for source in variants:
         names += white_box_names(context, source) + targeted_names(context, source)
+        names += gradient_free_names(context, source)
     return names
 
 
@@ -62,7 +69,7 @@ def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list
     """What one victim is attacked with: controls, its own UAPs, and every other source's one."""
     names = control_names(context) + white_box_names(context, victim)
     names += [transfer_name(context, source) for source in variants if source != victim]
-    return names + targeted_names(context, victim)
+    return names + targeted_names(context, victim) + gradient_free_names(context, victim)
 
 
 def experiment_tasks(context: Context, variants: list[str], device: Device) -> list[Task]:

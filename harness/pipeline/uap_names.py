@@ -5,9 +5,14 @@ Enters: the configuration. Leaves: `UapName`s, which `harness.pipeline.uaps` cra
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harness.pipeline.context import Context
 from harness.records import CONTROLS
 from harness.workspace import UapName
+
+GRADIENT_FREE = "spsa"
+"""The attack that a gradient attack must beat (docs/adr/0010)."""
 
 
 def white_box_names(context: Context, source: str) -> list[UapName]:
@@ -26,6 +31,14 @@ def targeted_names(context: Context, source: str) -> list[UapName]:
     """The targeted UAPs of a source, one per target class."""
     eps = context.config.craft.transfer_eps
     return [_name(context, source, eps, target=target) for target in context.targets]
+
+
+def gradient_free_names(context: Context, source: str) -> list[UapName]:
+    """What shows whether the gradients of a source are masked; none where all is crafted so."""
+    if context.config.attack == GRADIENT_FREE:
+        return []
+    name = transfer_name(context, source)
+    return [replace(name, attack=GRADIENT_FREE)]
 
 
 def control_names(context: Context) -> list[UapName]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,8 +22,7 @@ import numpy.typing as npt
 from torch import nn
 
 from harness.artefacts import cache_key
-from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255, CraftConfig
-from harness.crafting.momentum import MomentumSettings, selection_images
+from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import (
     Perturbation,
     chessboard,
@@ -33,10 +32,18 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.sgd import SgdSettings
-from harness.crafting.together import Crafted, Job, Request, craft_together, planned_steps
-from harness.data.dataset import Split
+from harness.crafting.probe import probe_gradients
+from harness.crafting.spsa import Searched, SpsaSettings, craft_spsa, planned_pairs
+from harness.crafting.together import (
+    Crafted,
+    Job,
+    Request,
+    craft_together,
+    planned_steps,
+    set_batch_statistics,
+)
 from harness.models.checkpoint import load_checkpoint
+from harness.pipeline.attacks import Settings, craft_split, probed, settings_of
 from harness.pipeline.checkpoints import (
     checkpoint_key,
     deployed_form,
@@ -50,6 +57,7 @@ from harness.records import CONTROLS, UsageError, variant_named
 from harness.workspace import UapName
 
 VERSION = 1
+PROBE_VERSION = 1
 MAX_SEED = 2**31
 """As in harness.toml."""
 CRAFT_COST = {"full": 2.2, "sfp": 2.2, "pp": 2.2, "apot": 4.5}
@@ -72,7 +80,7 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
             continue
         settings = settings_of(context, name)
         # A pass has one rule: under protocol `paper`, targeted runs may have another.
-        group = (name.source, attack_of(context, name), settings.batch_statistics)
+        group = (name.source, attack_of(context, name), _statistics(settings))
         if group not in passes:
             passes[group] = _Pass(context, settings)
         passes[group].names.append(name)
@@ -88,6 +96,8 @@ def uap_key(context: Context, name: UapName) -> str:
     if name.source in CONTROLS:
         return cache_key("control", VERSION, name=name.stem, shape=shape, labels=labels)
     paper = config.protocol == "paper"
+    # Written only where there is one: other perturbations stay valid.
+    more: dict[str, object] = {"probe": PROBE_VERSION} if probed(context, name) else {}
     return cache_key(
         "craft",
         VERSION,
@@ -99,6 +109,7 @@ def uap_key(context: Context, name: UapName) -> str:
         labels=labels,
         source=checkpoint_key(context, variant_named(name.source)),
         images=context.data.digests["evaluation" if paper else "attack"],
+        **more,
     )
 
 
@@ -163,7 +174,7 @@ class _Pass:
     """The perturbations of one source: whichever task runs first crafts all that are missing."""
 
     context: Context
-    settings: SgdSettings | MomentumSettings
+    settings: Settings
     names: list[UapName] = field(default_factory=list)
     _made: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -171,7 +182,7 @@ class _Pass:
     def tasks(self) -> list[Task]:
         """One task a perturbation: the first that is missing stands for the work of all."""
         context, variant = self.context, variant_named(self.names[0].source)
-        work = CRAFT_COST[variant.method] * self.settings.epochs * len(_craft_split(context))
+        work = CRAFT_COST[variant.method] * self.settings.epochs * len(craft_split(context))
         missing = [name for name in self.names if not valid_uap(context, name)]
         first = missing[0] if missing else self.names[0]
 
@@ -200,71 +211,23 @@ class _Pass:
                 self._made.update(name.stem for name in missing)
 
 
-def _craft_split(context: Context) -> Split:
-    data = context.data
-    return data.evaluation if context.config.protocol == "paper" else data.attack
-
-
-def settings_of(context: Context, name: UapName) -> SgdSettings | MomentumSettings:
-    """How a perturbation is crafted, of the configuration, the protocol and its name."""
-    craft = context.config.craft
-    paper = context.config.protocol == "paper"
-    # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
-    quantised = variant_named(name.source).method == "apot"
-    in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
-    make = _SETTINGS[attack_of(context, name)]
-    return make(craft, len(_craft_split(context)), paper, paper and in_train_mode)
-
-
-def _sgd_settings(craft: CraftConfig, _n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
-    return SgdSettings(
-        epochs=craft.epochs,
-        batch_size=craft.batch_size,
-        step=craft.step,
-        beta=craft.beta,
-        shuffle=not paper,
-        batch_statistics=batch_statistics,
-    )
-
-
-def _momentum_settings(
-    craft: CraftConfig, n: int, paper: bool, batch_statistics: bool
-) -> MomentumSettings:
-    return MomentumSettings(
-        epochs=craft.epochs,
-        batch_size=craft.inner_batch,
-        step=craft.step,
-        beta=craft.beta,
-        momentum=craft.momentum,
-        shuffle=not paper,
-        batch_statistics=batch_statistics,
-        selection=selection_images(n),
-    )
-
-
-_SETTINGS: dict[str, Callable[[CraftConfig, int, bool, bool], SgdSettings | MomentumSettings]] = {
-    "sgd": _sgd_settings,
-    "momentum": _momentum_settings,
-}
-"""(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
-
-
 def _craft(
     context: Context,
     names: Sequence[UapName],
-    settings: SgdSettings | MomentumSettings,
+    settings: Settings,
     partial: Path,
     progress: Progress,
 ) -> None:
     use_cpu_threads(TRAIN_THREADS)
-    workspace, source, split = context.workspace, names[0].source, _craft_split(context)
+    workspace, source, split = context.workspace, names[0].source, craft_split(context)
     keys = [uap_key(context, name) for name in names]
     checkpoint_sha256 = context.sha256(workspace.checkpoint(source))
     paper = context.config.protocol == "paper"
     trained = load_checkpoint(workspace.checkpoint(source)).build()
     # The authors' protocol needs batch norm to be there; ours has it folded.
     model: nn.Module = trained if paper else deployed_form(trained)
-    steps = planned_steps(settings.rule, len(split))
+    set_batch_statistics(model, False)
+    model.requires_grad_(requires_grad=False).to(context.accelerator)
     total, done = settings.epochs * len(split) * len(names), 0
 
     def advance(images: int) -> None:
@@ -273,22 +236,41 @@ def _craft(
         progress(min(done / total, 1.0), f"{len(names)} at once" if len(names) > 1 else "")
 
     together = hashlib.sha256(" ".join(keys).encode()).hexdigest()
-    crafted = craft_together(
-        model.requires_grad_(requires_grad=False).to(context.accelerator),
-        split,
-        [
-            Job(
-                Request(name.eps, name.target),
-                seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
+    jobs = [
+        Job(
+            Request(name.eps, name.target),
+            seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
+        )
+        for name in names
+    ]
+    crafted: Sequence[Crafted | Searched]
+    if isinstance(settings, SpsaSettings):
+        steps = planned_pairs(settings, len(split))
+        crafted = [
+            craft_spsa(
+                model,
+                split,
+                job,
+                settings,
+                key=f"{key} on {checkpoint_sha256}",
+                partial=partial,
+                device=context.accelerator,
+                progress=advance,
             )
-            for name in names
-        ],
-        settings.rule,
-        key=f"{together} on {checkpoint_sha256}",
-        partial=partial,
-        device=context.accelerator,
-        progress=advance,
-    )
+            for job, key in zip(jobs, keys, strict=True)
+        ]
+    else:
+        steps = planned_steps(settings.rule, len(split))
+        crafted = craft_together(
+            model,
+            split,
+            jobs,
+            settings.rule,
+            key=f"{together} on {checkpoint_sha256}",
+            partial=partial,
+            device=context.accelerator,
+            progress=advance,
+        )
     for name, key, found in zip(names, keys, crafted, strict=True):
         # The deployed perturbation is whole levels; rounding now makes every later step exact.
         levels = found.delta_255 if paper else to_levels(found.delta_255, eps=name.eps)
@@ -302,11 +284,28 @@ def _craft(
             "steps": steps,
             **_what_was_seen(found),
         }
+        if probed(context, name) and not isinstance(settings, SpsaSettings):
+            meta["probe"] = asdict(
+                probe_gradients(
+                    model,
+                    split,
+                    eps=name.eps,
+                    beta=settings.beta,
+                    seed=name.seed,
+                    device=context.accelerator,
+                )
+            )
         save_perturbation(workspace.uap(name), replace(perturbation, meta=meta))
     partial.unlink(missing_ok=True)
 
 
-def _what_was_seen(found: Crafted) -> dict[str, object]:
+def _statistics(settings: Settings) -> bool:
+    return not isinstance(settings, SpsaSettings) and settings.batch_statistics
+
+
+def _what_was_seen(found: Crafted | Searched) -> dict[str, object]:
+    if isinstance(found, Searched):
+        return {"objective": list(found.objective), "forwards": found.forwards}
     return {
         "loss": list(found.loss),
         "saturated_fraction": found.saturated_fraction,

@@ -1,0 +1,86 @@
+"""Which attack crafts a perturbation, with what settings, on which images.
+
+Enters: the configuration and a perturbation's name. Leaves: frozen settings of one of the attacks
+of `harness.crafting`. Adding an attack is an entry in `_SETTINGS` and a name in `ATTACKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from harness.config import CraftConfig
+from harness.crafting.momentum import MomentumSettings, selection_images
+from harness.crafting.sgd import SgdSettings
+from harness.crafting.spsa import SpsaSettings
+from harness.data.dataset import Split
+from harness.pipeline.context import Context
+from harness.pipeline.uap_names import attack_of
+from harness.records import variant_named
+from harness.workspace import UapName
+
+Settings = SgdSettings | MomentumSettings | SpsaSettings
+
+
+def craft_split(context: Context) -> Split:
+    """The images perturbations are crafted on."""
+    data = context.data
+    return data.evaluation if context.config.protocol == "paper" else data.attack
+
+
+def settings_of(context: Context, name: UapName) -> Settings:
+    """How a perturbation is crafted, of the configuration, the protocol and its name."""
+    craft = context.config.craft
+    paper = context.config.protocol == "paper"
+    # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
+    quantised = variant_named(name.source).method == "apot"
+    in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
+    make = _SETTINGS[attack_of(context, name)]
+    return make(craft, len(craft_split(context)), paper, paper and in_train_mode)
+
+
+def probed(context: Context, name: UapName) -> bool:
+    """Whether the source's gradients are measured beside this perturbation: one of each source."""
+    return (
+        name.target is None
+        and name.eps == context.config.craft.transfer_eps
+        and not isinstance(settings_of(context, name), SpsaSettings)
+    )
+
+
+def _sgd_settings(craft: CraftConfig, _n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
+    return SgdSettings(
+        epochs=craft.epochs,
+        batch_size=craft.batch_size,
+        step=craft.step,
+        beta=craft.beta,
+        shuffle=not paper,
+        batch_statistics=batch_statistics,
+    )
+
+
+def _momentum_settings(
+    craft: CraftConfig, n: int, paper: bool, batch_statistics: bool
+) -> MomentumSettings:
+    return MomentumSettings(
+        epochs=craft.epochs,
+        batch_size=craft.inner_batch,
+        step=craft.step,
+        beta=craft.beta,
+        momentum=craft.momentum,
+        shuffle=not paper,
+        batch_statistics=batch_statistics,
+        selection=selection_images(n),
+    )
+
+
+def _spsa_settings(craft: CraftConfig, _n: int, _paper: bool, _statistics: bool) -> SpsaSettings:
+    # Twice the images of a gradient step: each tells about one direction only.
+    return SpsaSettings(epochs=craft.epochs, pairs=2 * craft.inner_batch)
+
+
+_SETTINGS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
+    "sgd": _sgd_settings,
+    "momentum": _momentum_settings,
+    "spsa": _spsa_settings,
+}
+"""(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
