@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.records import CONTROLS
+from harness.records import CONTROLS, ResultRow
 from reports import words
+from reports.inference import ALPHA, mean_difference, rate_of
 from reports.tables import transfer_matrix
 from reports.view import View
-from reports.words import label_of, percent
+from reports.words import label_of, p_value, percent, points
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,30 @@ def heat_map(view: View) -> HeatMap:
         )
         for victim, uers in matrix
     )
-    own: list[float] = []
-    other: list[float] = []
-    for victim, uers in matrix:
-        for source, uer in zip(sources, uers, strict=True):
-            if uer is not None and source in crafted:
-                (own if source == victim else other).append(uer)
+    own = [v.white_box for v in view.variants if v.white_box is not None]
+    other = [row for v in view.variants for row in v.transfers]
     text = "Each row is a model under attack, each column a source. "
     if not other:
         text += "No perturbation was applied to a variant other than its own source."
     else:
-        text += f"Transferred perturbations reach {percent(sum(other) / len(other))} UER on average"
-        text += f" against {percent(sum(own) / len(own))} white-box (outlined)." if own else "."
+        text += f"Transferred perturbations reach {percent(_mean(other))} UER on average"
+        text += f"; white-box (outlined) {percent(_mean(own))}" if own else ""
+        text += f"{_tested(view, own, other)}."
     return HeatMap(text, tuple(label_of(s) for s in sources), len(crafted), rows)
+
+
+def _mean(rows: list[ResultRow]) -> float:
+    return sum(rate_of(row) for row in rows) / len(rows)
+
+
+def _tested(view: View, own: list[ResultRow], other: list[ResultRow]) -> str:
+    """The difference of the two means, over images."""
+    if not own:
+        return ""
+    found = mean_difference(view, own, other)
+    if found.p >= ALPHA:
+        return ", no difference shown"
+    return f", a difference of {points(found.value)} points ({p_value(found.p)}, paired by image)"
 
 
 def _heat_cell(uer: float | None, *, own: bool) -> HeatCell:

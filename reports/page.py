@@ -10,9 +10,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from harness.seeds import METHOD
 from reports import method, panels
 from reports.heat import heat_map
 from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
+from reports.masking_table import masking_table
 from reports.method import TextTable
 from reports.pictures import gallery
 from reports.runtimes import runtime_table, runtime_text
@@ -54,6 +56,7 @@ def html_text(view: View) -> str:
         marks=[(mark, verdict.lower()) for verdict, mark in VERDICT_MARKS.items()],
         pareto=panels.pareto(view),
         groups=conclusions(view),
+        signals=masking_table(view),
         curves=panels.curves(view),
         heat=heat_map(view),
         bars=panels.bars(view),
@@ -71,9 +74,16 @@ def html_text(view: View) -> str:
         commands=method.commands(view),
         definitions=method.DEFINITIONS,
         notes=view.notes,
+        seeds_method=_seeds_method(view),
         dataset=clean_text(view.evaluation.dataset),
         device=view.device.label,
     )
+
+
+def _seeds_method(view: View) -> str:
+    if not view.seeds:
+        return "Every perturbation has one crafting seed, so intervals cover images only."
+    return f"Rates of perturbations crafted with several seeds are their mean; {METHOD}."
 
 
 def _chips(view: View) -> list[tuple[str, str]]:

@@ -43,7 +43,7 @@ from harness.crafting.together import (
     set_batch_statistics,
 )
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.attacks import Settings, craft_split, probed, settings_of
+from harness.pipeline.attack_settings import Settings, craft_split, probed, settings_of
 from harness.pipeline.checkpoints import (
     checkpoint_key,
     deployed_form,

@@ -1,7 +1,7 @@
 """Which attack crafts a perturbation, with what settings, on which images.
 
 Enters: the configuration and a perturbation's name. Leaves: frozen settings of one of the attacks
-of `harness.crafting`. Adding an attack is an entry in `_SETTINGS` and a name in `ATTACKS`.
+of `harness.crafting`. Adding an attack is an entry in `_MAKERS` and a name in `ATTACKS`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def settings_of(context: Context, name: UapName) -> Settings:
     # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
     quantised = variant_named(name.source).method == "apot"
     in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
-    make = _SETTINGS[attack_of(context, name)]
+    make = _MAKERS[attack_of(context, name)]
     return make(craft, len(craft_split(context)), paper, paper and in_train_mode)
 
 
@@ -78,7 +78,7 @@ def _spsa_settings(craft: CraftConfig, _n: int, _paper: bool, _statistics: bool)
     return SpsaSettings(epochs=craft.epochs, pairs=2 * craft.inner_batch)
 
 
-_SETTINGS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
+_MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
     "sgd": _sgd_settings,
     "momentum": _momentum_settings,
     "spsa": _spsa_settings,
