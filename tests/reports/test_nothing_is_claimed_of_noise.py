@@ -145,10 +145,8 @@ def test_a_model_the_user_brought_changes_nothing_said_of_the_others(tmp_path):
                 synthetic.model("full", sha256=synthetic.sha("model", mine), variant=mine,
                                 method="other")
             )  # fmt: skip
-            runs = [planter.run(mine, None, labels)]
-            for row in view.full.attacked.values():
-                runs.append(planter.run(mine, view.uaps[row.uap_sha256], labels))
-            store.add_prediction_runs(runs)
+            met = [None, *(view.uaps[row.uap_sha256] for row in view.full.attacked.values())]
+            store.add_prediction_runs([planter.run(mine, record, labels) for record in met])
         after = {t.variant.name: t.p for t in inference_tests(build_view(store))}
     assert {name: after[name] for name in before} == before
     assert max(after[f"mine{i}"] for i in range(5)) < 0.05  # they are tested, among themselves

@@ -150,6 +150,7 @@ def test_csv_and_json_give_the_rows_back(full):
     assert [{k: row[k] for k in expected[0]} for row in written] == expected
     assert {k for row in written for k in row} - set(expected[0]) == set(DERIVED_COLUMNS)
     # One verdict a variant, on its white-box row at the reference budget; one crafting seed.
+    assert "Gradient masking, sign by sign" in full.html
     judged = [row for row in written if row["masking"] is not None]
     assert [row["variant"] for row in judged] == list(synthetic.PAPER_ORDER)
     assert all(row["uap_source"] == row["variant"] and row["eps"] == 10.0 for row in judged)
