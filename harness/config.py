@@ -15,8 +15,8 @@ from typing import Any
 from harness.overlay import overlay, toml_value
 from harness.records import BLOCKS_PER_STAGE, UsageError
 
-ATTACKS = ("momentum", "sgd")
-"""`momentum`: the strongest here (docs/adr/0007); `sgd`: the paper's."""
+ATTACKS = ("momentum", "sgd", "spsa")
+"""`momentum`: the strongest here (ADR 7); `sgd`: the paper's; `spsa`: gradient-free (ADR 10)."""
 PROTOCOLS = ("clean", "paper")
 REFERENCE_EPS_255 = 10.0
 MIN_EPS_255, MAX_EPS_255 = 1.0, 255.0

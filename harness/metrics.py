@@ -24,6 +24,7 @@ PERCENTILE_MIN_N = {50: 11, 90: 64, 95: 130, 99: 662, 99.9: 6636}
 """Samples below which no 99 % confidence bound exists for the percentile (FACTS G)."""
 MIN_POWER_READINGS = 5
 """While the model runs, about one a second; a mean of fewer is the luck of the moment."""
+MIN_PROCESSES = 3
 MAX_SPREAD = 0.05
 MAX_FREQUENCY_DRIFT = 0.02
 MAX_LOAD_PER_CORE = 1.0
@@ -61,6 +62,13 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, 
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return low, high
+
+
+def fraction(value: object) -> float | None:
+    """A share in [0, 1] that somebody wrote down; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and 0 <= value <= 1 else None
 
 
 def accuracy(labels: Classes, clean: Classes) -> Rate:
@@ -230,6 +238,8 @@ class Latency:
     load_ms: float
     first_ms: float
     rss_peak_bytes: int | None
+    medians_ms: tuple[float, ...]
+    """Of each process: what latencies are compared by."""
     energy_mj: float | None
     """Of one inference, whatever else the board did meanwhile included; None without a sensor."""
 
@@ -259,8 +269,23 @@ def summarise_latency(processes: Sequence[LatencyProcess], *, cores: int) -> Lat
         load_ms=float(np.median([p.load_ns for p in processes])) / 1e6,
         first_ms=float(np.median([p.first_ns for p in processes])) / 1e6,
         rss_peak_bytes=max(rss) if rss else None,
+        medians_ms=tuple(float(median) / 1e6 for median in medians),
         energy_mj=_energy_mj(processes),
     )
+
+
+def latency_difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """p-value of two latencies being the same, from the medians of their processes.
+
+    Welch's t-test on logarithms: processes are the repetitions, not their samples, which share a
+    process's luck. 1 with fewer than three processes of either.
+    """
+    if min(len(first), len(second)) < MIN_PROCESSES:
+        return 1.0
+    one, other = np.log(first), np.log(second)
+    if one.std() == other.std() == 0.0:
+        return 1.0 if one[0] == other[0] else 0.0
+    return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
 
 
 def _energy_mj(processes: Sequence[LatencyProcess]) -> float | None:

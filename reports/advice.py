@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
+from harness import metrics
+from harness.records import ResultRow
 from harness.sources import FLEET
 from reports import words
-from reports.inference import ALPHA, fleet_mix, paired, pareto_front
+from reports.choosing import fleet_mix, pareto_front
+from reports.inference import ALPHA, adjusted_apart, holm, mean_difference, paired, rate_of
 from reports.view import VariantView, View
 from reports.words import label_of, listed, p_value, percent
 
@@ -75,19 +79,29 @@ def not_faster(view: View) -> list[str]:
     if view.device.emulated or full is None or len(timed) < 2:
         return []
     baseline = _latency(full) or 0.0
-    slower = [
-        f"{v.label} ({(_latency(v) or 0.0) / baseline:.2f} times)"
-        for v in timed.values()
-        if v is not full and (_latency(v) or 0.0) > baseline
-    ]
-    if not slower:
+    others = [v for v in timed.values() if v is not full]
+    p_values = adjusted_apart(others, [_latency_p(v, full) for v in others])
+    slower, level = [], []
+    for variant, p in zip(others, p_values, strict=True):
+        ratio = (_latency(variant) or 0.0) / baseline
+        if p < ALPHA and ratio > 1:
+            slower.append(f"{variant.label} ({ratio:.2f} times, {p_value(p)})")
+        elif p >= ALPHA:
+            level.append(f"{variant.label} ({ratio:.2f} times)")
+    text = f"Latency p50 against {full.label} ({words.milliseconds(baseline)}):"
+    text += f" shown to be slower, though compressed: {listed(slower)}." if slower else ""
+    text += f" No difference shown: {listed(level)}." if level else ""
+    if not slower and not level:
         return []
-    text = (
-        f"Compressed, yet not faster here than {full.label} ({words.milliseconds(baseline)} p50):"
-        f" {listed(slower)}."
-    )
     caveat = latency_caveat(view)
     return [f"{text} A hint only: {caveat}." if caveat else text]
+
+
+def _latency_p(first: VariantView, second: VariantView) -> float:
+    """Of no difference, from the medians of processes; 1 where one has no raw timing."""
+    if first.timing is None or second.timing is None:
+        return 1.0
+    return metrics.latency_difference(first.timing[1].medians_ms, second.timing[1].medians_ms)
 
 
 def _sound(variant: VariantView) -> bool:
@@ -122,11 +136,24 @@ def by_constraint(view: View) -> list[str]:
     if said and accurate is not None and accurate.clean is not None:
         robust = f", {percent(accurate.worst.uer)} wrong at worst" if accurate.worst else ""
         said.append(
-            f"If clean accuracy is all that counts, {accurate.label} has the highest here"
-            f" ({percent(accurate.clean.clean_accuracy)}{robust}); see the tests above before"
-            " reading a small lead as one."
+            f"If clean accuracy is all that counts: the highest measured is {accurate.label}\u2019s"
+            f" ({percent(accurate.clean.clean_accuracy)}{robust}){_accuracy_lead(view, accurate)}."
         )
     return said
+
+
+def _accuracy_lead(view: View, accurate: VariantView) -> str:
+    """Whom it is shown to beat; it was picked for its lead, so all are tested together."""
+    others = [(v, v.clean) for v in view.variants if v.clean is not None and v is not accurate]
+    if not others or accurate.clean is None:
+        return ""
+    p_values = paired(view, [(accurate.clean, clean) for _, clean in others])
+    level = [v.label for (v, _), p in zip(others, p_values, strict=True) if p >= ALPHA]
+    if not level:
+        return ", shown to be higher than every other\u2019s"
+    if len(level) == len(others):
+        return "; no difference to any other is shown"
+    return f"; no difference shown to {listed(level)}"
 
 
 def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
@@ -137,6 +164,8 @@ def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
         f" {percent(uer)} wrong at worst{_accuracy(cheapest)}."
     )
     text += _as_cheap(view, front[0], points)
+    if cost.key == "latency":
+        text += _as_fast(cheapest, points)
     steps = front[1:]
     if not steps:
         return text + " None that costs more was measured to err less at worst."
@@ -170,6 +199,14 @@ def _as_cheap(
     return f" {listed(level)} {verb} the same, with no difference shown."
 
 
+def _as_fast(chosen: VariantView, points: list[Rated]) -> str:
+    """Variants whose latency is not shown to differ from the lowest measured."""
+    others = [v for v, _, _ in points if v is not chosen]
+    p_values = holm([_latency_p(v, chosen) for v in others])
+    level = [v.label for v, p in zip(others, p_values, strict=True) if p >= ALPHA]
+    return f" No difference in latency is shown to {listed(level)}." if level else ""
+
+
 def _accuracy(variant: VariantView) -> str:
     if variant.clean is None:
         return ""
@@ -182,62 +219,87 @@ def fleet(view: View) -> list[str]:
 
 
 def _made_for_all(view: View) -> list[str]:
-    rates = [
-        (row.uer, v.label)
-        for v in view.variants
-        if (row := v.attacked.get(FLEET)) is not None and row.uer is not None
-    ]
-    if not rates or view.reference_eps is None:
+    rows = [row for v in view.variants if (row := v.attacked.get(FLEET)) is not None]
+    if not rows or view.reference_eps is None:
         return []
-    low, high = min(rates), max(rates)
-    text = f"One perturbation crafted on all variants at once reaches {percent(low[0])} UER"
-    if len(rates) > 1:
-        mean = sum(rate for rate, _ in rates) / len(rates)
-        text += f" on {low[1]} and {percent(high[0])} on {high[1]}, {percent(mean)} on average"
-    else:
-        text += f" on {low[1]}"
+    low, high = min(rows, key=rate_of), max(rows, key=rate_of)
+    text = f"One perturbation crafted on all variants at once reaches {percent(rate_of(low))} UER"
+    text += f" on {label_of(low.variant)}"
+    if len(rows) > 1:
+        mean = sum(rate_of(row) for row in rows) / len(rows)
+        text += f" and {percent(rate_of(high))} on {label_of(high.variant)}"
+        text += f", {percent(mean)} on average"
     return [f"{text}: the attacker needs no knowledge of which variant a device runs."]
 
 
 def _carried_over(view: View) -> list[str]:
-    carried: dict[str, list[tuple[float, str]]] = {}
+    carried: dict[str, list[ResultRow]] = {}
     for victim in view.variants:
         for row in victim.transfers:
             if row.uer is not None and row.uap_source is not None:
-                carried.setdefault(row.uap_source, []).append((row.uer, victim.label))
+                carried.setdefault(row.uap_source, []).append(row)
     if not carried:
         return []
-    means = {s: sum(u for u, _ in rates) / len(rates) for s, rates in carried.items()}
+    means = {s: sum(rate_of(r) for r in rows) / len(rows) for s, rows in carried.items()}
     strongest = max(means, key=lambda s: means[s])
-    weakest = min(means, key=lambda s: means[s])
-    low, high = min(carried[strongest]), max(carried[strongest])
-    reach = f"{percent(low[0])} UER on {low[1]}"
+    low, high = min(carried[strongest], key=rate_of), max(carried[strongest], key=rate_of)
+    reach = f"{percent(low.uer)} UER on {label_of(low.variant)}"
     if len(carried[strongest]) > 1:
         reach = (
             f"{percent(means[strongest])} UER on average over the other variants"
-            f" ({percent(low[0])} on {low[1]}, {percent(high[0])} on {high[1]})"
+            f" ({percent(low.uer)} on {label_of(low.variant)}, {percent(high.uer)} on"
+            f" {label_of(high.variant)})"
         )
     said = [
         f"An attacker who extracts one device attacks the others too: the perturbation crafted on"
-        f" {label_of(strongest)} carries over best, {reach}."
+        f" {label_of(strongest)} reaches {reach}{_most_carried(view, carried, strongest)}."
     ]
-    if weakest != strongest:
-        said[0] += f" That of {label_of(weakest)} carries over least ({percent(means[weakest])})."
     mix = fleet_mix(view)
     if mix is None:
         said.append("The transfer matrix is incomplete, so no mix of variants is computed.")
-    elif mix.best_single_worst - mix.worst < 0.005:
+    elif mix.best_single_worst - mix.worst < 0.005 or not mix.shown:
+        gain = (
+            "buys nothing" if mix.best_single_worst - mix.worst < 0.005 else "is not shown to gain"
+        )
         said.append(
-            f"Mixing variants buys nothing here: against any single perturbation measured, a fleet"
+            f"Mixing variants {gain} here: against any single perturbation measured, a fleet"
             f" of {label_of(mix.best_single)} alone errs on at most"
-            f" {percent(mix.best_single_worst)}, as low as any mix."
+            f" {percent(mix.best_single_worst)}, the best mix on {percent(mix.worst)} of the very"
+            " images it was chosen on."
         )
     else:
         shares = listed([f"{share:.0%} {label_of(name)}" for name, share in mix.shares])
         said.append(
             f"A fleet of {shares} would err on at most {percent(mix.worst)} under any single"
             f" perturbation measured, against {percent(mix.best_single_worst)} for"
-            f" {label_of(mix.best_single)} alone (minimax mix, point estimates on these images;"
-            " an attacker who optimises against the mix may do better)."
+            f" {label_of(mix.best_single)} alone (minimax mix; a gain is shown on images that it"
+            " was not chosen on; an attacker who optimises against the mix may do better)."
         )
     return said
+
+
+def _most_carried(view: View, carried: dict[str, list[ResultRow]], strongest: str) -> str:
+    """Whether the highest average is shown to be one, of all pairs of sources.
+
+    Each mean leaves its own source out, so two sources are compared on the victims of both.
+    """
+    sources = sorted(carried)
+    pairs = list(combinations(sources, 2))
+    found = []
+    for first, second in pairs:
+        both = {r.variant for r in carried[first]} & {r.variant for r in carried[second]}
+        rows = [[r for r in carried[s] if r.variant in both] for s in (first, second)]
+        found.append(mean_difference(view, *rows))
+    p_values = holm([difference.p for difference in found])
+    beaten = []
+    for (first, second), difference, p in zip(pairs, found, p_values, strict=True):
+        ahead = difference.value if first == strongest else -difference.value
+        if strongest in (first, second) and p < ALPHA and ahead > 0:
+            beaten.append(second if first == strongest else first)
+    if not pairs:
+        return ""
+    if not beaten:
+        return ", the highest measured; no source is shown to carry over less"
+    if len(beaten) == len(sources) - 1:
+        return ", shown to be more than any other source\u2019s on the victims both met"
+    return f", shown to be more than that of {listed([label_of(s) for s in beaten])}"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.records import CONTROLS
+from harness.records import CONTROLS, ResultRow
 from harness.sources import FLEET, LEAVE_ONE_OUT
 from reports import words
+from reports.inference import ALPHA, mean_difference, rate_of
 from reports.tables import transfer_matrix
 from reports.view import View
-from reports.words import epsilon, label_of, percent
+from reports.words import epsilon, label_of, p_value, percent, points
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,36 @@ def heat_map(view: View, eps: float) -> HeatMap:
         )
         for victim, uers in matrix
     )
-    own: list[float] = []
-    other: list[float] = []
-    for victim, uers in matrix:
-        for source, uer in zip(sources, uers, strict=True):
-            if uer is not None and source in crafted:
-                (own if source == victim else other).append(uer)
+    at_eps = {v.name: v.by_eps.get(eps, {}) for v in view.variants}
+    own = [attacked[name] for name, attacked in at_eps.items() if name in attacked]
+    other = [row for v in view.variants for row in v.transfers_at(at_eps[v.name])]
     text = "Each row is a model under attack, each column a source. "
     if LEAVE_ONE_OUT in ensembles:
         text += "Leave-one-out is crafted on the fleet without the model in the row. "
     if not other:
         text += "No perturbation was applied to a variant other than its own source."
     else:
-        text += f"Transferred perturbations reach {percent(sum(other) / len(other))} UER on average"
-        text += f" against {percent(sum(own) / len(own))} white-box (outlined)." if own else "."
+        text += f"Transferred perturbations reach {percent(_mean(other))} UER on average"
+        text += f"; white-box (outlined) {percent(_mean(own))}" if own else ""
+        text += f"{_tested(view, own, other)}."
     sizes = (len(crafted), len(ensembles), len(sources) - len(crafted) - len(ensembles))
     headings = ("crafted on", "on many", "controls")
     groups = tuple((h, n) for h, n in zip(headings, sizes, strict=True) if n)
     return HeatMap(text, epsilon(eps), tuple(label_of(s) for s in sources), groups, rows)
+
+
+def _mean(rows: list[ResultRow]) -> float:
+    return sum(rate_of(row) for row in rows) / len(rows)
+
+
+def _tested(view: View, own: list[ResultRow], other: list[ResultRow]) -> str:
+    """The difference of the two means, over images."""
+    if not own:
+        return ""
+    found = mean_difference(view, own, other)
+    if found.p >= ALPHA:
+        return ", no difference shown"
+    return f", a difference of {points(found.value)} points ({p_value(found.p)}, paired by image)"
 
 
 def _heat_cell(uer: float | None, *, own: bool) -> HeatCell:

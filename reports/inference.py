@@ -1,29 +1,26 @@
 """Statistical tests behind the report's sentences: nothing is called different without one.
 
-Enters: a `View`. Leaves: comparisons, suspicion flags, Pareto fronts, a fleet mix; numbers only.
-Paired exact McNemar on raw predictions of the same images, Holm-adjusted over each family
-(FACTS H).
+Enters: a `View`. Leaves: comparisons, Pareto fronts, a fleet mix; numbers only. Paired exact
+McNemar on raw predictions of the same images, or the hierarchical bootstrap where crafting seeds
+are averaged; Holm-adjusted over each family.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import linprog
 
 from harness import metrics
-from harness.records import CONTROLS, ResultRow
+from harness.bootstrap import difference
+from harness.metrics import UNSEEN
+from harness.records import PAPER_ORDER, ResultRow
+from harness.seeds import key_of
 from reports.view import VariantView, View
 
 ALPHA = 0.05
-MIN_GAIN_OVER_RANDOM = 3.0
-MAX_SATURATED = 0.5
-
-FlagKind = Literal["transfer", "control", "random", "monotone", "saturated"]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -76,23 +73,101 @@ def against_full(view: View, measure: Measure) -> list[Comparison]:
         and (row := measured(v, measure)) is not None
     ]
     return [
-        Comparison(variant, _rate(row), _rate(base), p)
+        Comparison(variant, rate_of(row), rate_of(base), p)
         for (variant, row), p in zip(
-            others, paired(view, [(row, base) for _, row in others]), strict=True
+            others,
+            adjusted_apart(
+                [v for v, _ in others], [compare(view, row, base).p for _, row in others]
+            ),
+            strict=True,
         )
     ]
 
 
 def paired(view: View, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float]:
-    """Holm-adjusted McNemar p-values of pairs of rows; 1 where no image is in both."""
-    return holm([_mcnemar(view, first, second) for first, second in pairs])
+    """Holm-adjusted p-values of pairs of rows; 1 where no image is in both.
+
+    Exact McNemar where either row is of one perturbation; where crafting seeds are averaged, the
+    hierarchical bootstrap, which covers them too.
+    """
+    return holm([compare(view, first, second).p for first, second in pairs])
 
 
-def _mcnemar(view: View, first: ResultRow, second: ResultRow) -> float:
-    pair = view.together(first, second)
-    if pair is None:
-        return 1.0
-    return metrics.mcnemar(pair.first != pair.labels, pair.second != pair.labels)
+def adjusted_apart(variants: Sequence[VariantView], p_values: Sequence[float]) -> list[float]:
+    """Holm over the experiment's variants, and apart over what the user added to them.
+
+    A model brought with --onnx, or INT8, must not change what is said of the others.
+    """
+    adjusted = [1.0] * len(p_values)
+    for ours in (True, False):
+        family = [i for i, v in enumerate(variants) if (v.name in PAPER_ORDER) == ours]
+        for i, p in zip(family, holm([p_values[i] for i in family]), strict=True):
+            adjusted[i] = p
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Difference:
+    """UER of one row minus another's on the images both saw; `p` not adjusted."""
+
+    value: float
+    p: float
+
+
+def compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
+    """The paired test of two rows, over images and, where there are several, crafting seeds."""
+    key = ("compare", key_of(first), key_of(second))
+    if key not in view.memo:
+        view.memo[key] = _compare(view, first, second)
+    found: Difference = view.memo[key]
+    return found
+
+
+def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
+    ours, theirs = view.repeats(first), view.repeats(second)
+    if len(ours) == len(theirs) == 1:
+        pair = view.together(first, second)
+        if pair is None:
+            return Difference(0.0, 1.0)
+        wrong, other = pair.first != pair.labels, pair.second != pair.labels
+        return Difference(float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other))
+    runs = [view.predictions(row) for row in (*ours, *theirs)]
+    stacked = np.stack([run for run in runs if run is not None])
+    seen = (stacked != UNSEEN).all(axis=0)
+    if len(stacked) < len(runs) or not seen.any():
+        return Difference(0.0, 1.0)
+    all_wrong = stacked[:, seen] != np.asarray(view.evaluation.labels, dtype=np.int64)[seen]
+    same = [row.uap_sha256 for row in ours] == [row.uap_sha256 for row in theirs]
+    found = difference(all_wrong[: len(ours)], all_wrong[len(ours) :], same_seeds=same)
+    return Difference(found.value, found.p)
+
+
+def mean_difference(
+    view: View, first: Sequence[ResultRow], second: Sequence[ResultRow]
+) -> Difference:
+    """Mean rate of some rows minus that of others, tested over the images that all of them saw.
+
+    The rate is TSR for targeted rows, else UER. Rows are given, images are drawn: it says what
+    other images would do under these perturbations, not what other perturbations would.
+    """
+    groups = []
+    labels = np.asarray(view.evaluation.labels, dtype=np.int64)
+    seen = np.ones(labels.size, dtype=bool)
+    for rows in (first, second):
+        every = [repeat for row in rows for repeat in view.repeats(row)]
+        hits = []
+        for row in every:
+            predicted = view.predictions(row)
+            if predicted is None:
+                return Difference(0.0, 1.0)
+            seen &= predicted != UNSEEN
+            hits.append(predicted != labels if row.target is None else predicted == row.target)
+        groups.append(np.mean(hits, axis=0) if hits else None)
+    one, other = groups
+    if one is None or other is None or not seen.any():
+        return Difference(0.0, 1.0)
+    found = difference(one[None, seen], other[None, seen], same_seeds=True)
+    return Difference(found.value, found.p)
 
 
 def bound_of_none(n: int) -> float:
@@ -100,7 +175,7 @@ def bound_of_none(n: int) -> float:
     return float(1 - ALPHA ** (1 / n))
 
 
-def _rate(row: ResultRow) -> float:
+def rate_of(row: ResultRow) -> float:
     """Share of images wrong, clean or attacked."""
     if row.uer is not None:
         return row.uer
@@ -136,7 +211,8 @@ def deployment_gaps(view: View) -> list[GapRow]:
         clean = variant.clean.torch_agreement if variant.clean else None
         found.append((variant, row, pair, clean))
     wrong = [(p.first != p.labels, p.second != p.labels) for _, _, p, _ in found]
-    adjusted = holm([metrics.mcnemar(here, there) for here, there in wrong])
+    tests = [metrics.mcnemar(here, there) for here, there in wrong]
+    adjusted = adjusted_apart([v for v, _, _, _ in found], tests)
     return [
         GapRow(
             variant=variant,
@@ -152,163 +228,3 @@ def deployment_gaps(view: View) -> list[GapRow]:
             found, wrong, adjusted, strict=True
         )
     ]
-
-
-# --- suspected gradient masking ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A reason to doubt a white-box number. What `value` and `reference` are depends on `kind`."""
-
-    kind: FlagKind
-    value: float
-    reference: float
-    other: str = ""
-    """Source or control the flag is about; for `monotone`, the two budgets."""
-    p: float | None = None
-    family: int = 1
-    """How many tests the p-value was adjusted over."""
-
-
-def flags(view: View, variant: VariantView) -> list[Flag]:
-    """Signs that a variant's white-box UER understates how vulnerable it is (FACTS H)."""
-    own = variant.white_box
-    found: list[Flag] = []
-    if own is not None and own.uer is not None:
-        found += _transfer_flag(view, variant, own)
-        found += _control_flag(view, variant, own)
-        found += _random_flag(variant, own)
-    found += _monotone_flag(variant)
-    found += _saturation_flag(view, variant)
-    return found
-
-
-def _transfer_flag(view: View, variant: VariantView, own: ResultRow) -> list[Flag]:
-    transfers = variant.transfers
-    adjusted = paired(view, [(row, own) for row in transfers])
-    better = [
-        (row, p)
-        for row, p in zip(transfers, adjusted, strict=True)
-        if _rate(row) > _rate(own) and p < ALPHA
-    ]
-    if not better:
-        return []
-    row, p = max(better, key=lambda pair: _rate(pair[0]))
-    return [
-        Flag("transfer", _rate(row), _rate(own), row.uap_source or "", p=p, family=len(transfers))
-    ]
-
-
-def _control_flag(view: View, variant: VariantView, own: ResultRow) -> list[Flag]:
-    rows = [variant.attacked[c] for c in CONTROLS if c in variant.attacked]
-    beating = [row for row in rows if _rate(row) >= _rate(own)]
-    if not beating:
-        return []
-    row = max(beating, key=_rate)
-    p = paired(view, [(r, own) for r in rows])[rows.index(row)]
-    return [Flag("control", _rate(row), _rate(own), row.uap_source or "", p=p, family=len(rows))]
-
-
-def _random_flag(variant: VariantView, own: ResultRow) -> list[Flag]:
-    random = variant.attacked.get("random")
-    if random is None or random.evasion_on_correct is None or own.evasion_on_correct is None:
-        return []
-    if own.evasion_on_correct >= MIN_GAIN_OVER_RANDOM * random.evasion_on_correct:
-        return []
-    return [Flag("random", own.evasion_on_correct, random.evasion_on_correct, "random")]
-
-
-def _monotone_flag(variant: VariantView) -> list[Flag]:
-    drops = [
-        (low.uer - high.uer, low, high)
-        for i, low in enumerate(variant.curve)
-        for high in variant.curve[i + 1 :]
-        if low.uer is not None
-        and high.uer is not None
-        and low.uer_low is not None
-        and high.uer_high is not None
-        and high.uer_high < low.uer_low
-    ]
-    if not drops:
-        return []
-    _, low, high = max(drops, key=lambda drop: drop[0])
-    return [Flag("monotone", _rate(high), _rate(low), f"{low.eps:g} to {high.eps:g}")]
-
-
-def saturated_fraction(view: View, variant: VariantView) -> float | None:
-    """What the crafting run recorded; metadata is free-form, so anything else is no number."""
-    own = variant.white_box
-    uap = view.uaps.get(own.uap_sha256 or "") if own else None
-    value = uap.meta.get("saturated_fraction") if uap else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) and 0 <= value <= 1 else None
-
-
-def _saturation_flag(view: View, variant: VariantView) -> list[Flag]:
-    """More samples beyond the loss clamp, hence without a gradient, than misclassified images.
-
-    Where the attack has won, a saturated sample is simply one that is misclassified already.
-    """
-    value, own = saturated_fraction(view, variant), variant.white_box
-    if value is None or own is None or value <= max(MAX_SATURATED, _rate(own)):
-        return []
-    return [Flag("saturated", value, _rate(own))]
-
-
-# --- choosing ------------------------------------------------------------------------------------
-
-
-def pareto_front(costs: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points no other point beats in both coordinates (less is better), by cost."""
-    front: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if not front or costs[i][1] < costs[front[-1]][1]:
-            front.append(i)
-    return front
-
-
-@dataclass(frozen=True)
-class FleetMix:
-    """Shares of variants that minimise the worst UER of a single perturbation over the fleet."""
-
-    shares: tuple[tuple[str, float], ...]
-    worst: float
-    best_single: str
-    best_single_worst: float
-
-
-def fleet_mix(view: View) -> FleetMix | None:
-    """The minimax mix over the complete transfer matrix, or None where it is incomplete.
-
-    A model that nothing was crafted on takes part only if it faced every perturbation.
-
-    Minimise t subject to sum_v w_v UER[v, s] <= t for every perturbation s, sum_v w_v = 1.
-    """
-    sources = sorted({s for v in view.variants for s in v.attacked})
-    victims = [v for v in view.variants if all(s in v.attacked for s in sources)]
-    incomplete = {v.name for v in view.variants} - {v.name for v in victims}
-    if len(victims) < 2 or incomplete.intersection(sources) or len(sources) < 2:
-        return None
-    uer = np.array([[_rate(v.attacked[s]) for s in sources] for v in victims])  # [V, S]
-    n = len(victims)
-    solved = linprog(
-        c=[0.0] * n + [1.0],
-        A_ub=np.hstack([uer.T, -np.ones((len(sources), 1))]),
-        b_ub=np.zeros(len(sources)),
-        A_eq=[[1.0] * n + [0.0]],
-        b_eq=[1.0],
-        method="highs",
-    )
-    if not solved.success or solved.x is None:
-        return None
-    shares = [(v.name, float(w)) for v, w in zip(victims, solved.x[:n], strict=True) if w >= 0.005]
-    worsts = uer.max(axis=1)
-    best = int(np.argmin(worsts))
-    return FleetMix(
-        shares=tuple(sorted(shares, key=lambda share: -share[1])),
-        worst=float(solved.x[n]),
-        best_single=victims[best].name,
-        best_single_worst=float(worsts[best]),
-    )

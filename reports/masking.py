@@ -1,4 +1,4 @@
-"""Suspected gradient masking in words, and the shape every group of sentences has.
+"""The gradient-masking verdict in words and numbers, and the shape every group of sentences has.
 
 Enters: a `View`. Leaves: a `Group` of plain-text sentences.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from reports.inference import ALPHA, MIN_GAIN_OVER_RANDOM, Flag, flags, saturated_fraction
-from reports.view import VariantView, View
-from reports.words import label_of, listed, p_value, percent, plural
+from reports.inference import ALPHA
+from reports.signals import Kind, MaskingVerdict, Signal, masking_verdicts
+from reports.view import View
+from reports.words import DASH, interval, label_of, listed, p_value, percent, plural
 
 Tone = Literal["plain", "warn"]
 
@@ -33,92 +34,170 @@ class Group:
     tone: Tone = "plain"
 
 
+CHECKS: dict[Kind, str] = {
+    "gradient_free": "a search without gradients (harness craft --attack spsa)",
+    "transfer": "transfer from other variants",
+    "control": "random-sign and chessboard controls",
+    "no_gradient": "samples without a gradient",
+    "slope": "the slope along the gradient",
+    "agreement": "gradients against the network's own slopes",
+    "random": "the random-sign control",
+    "monotone": "a sweep over \u03b5",
+    "saturated": "the saturated fraction of the loss",
+}
+OTHER_EXPLANATIONS: dict[Kind, str] = {
+    "transfer": "its own attack may be under-optimised, or the source shares its weights",
+    "control": "its own attack may be under-optimised",
+    "no_gradient": "the attack works all the same",
+    "slope": "the attack works all the same",
+    "agreement": "the attack works all the same",
+    "random": "the budget may be too small to do harm",
+    "monotone": "the attack at the larger budget may have been unlucky",
+    "saturated": "confident mistakes saturate the loss too",
+}
+"""Why a raised signal alone is no proof."""
+
+
 def masking_group(view: View) -> Group:
-    title = "Suspected gradient masking, or an attack that is too weak"
-    checkable = [v for v in view.variants if v.white_box is not None]
-    if not checkable:
+    title = "Gradient masking: can the white-box numbers be believed?"
+    verdicts = masking_verdicts(view)
+    if not verdicts:
         return Group(
             "masking",
             title,
             (Sentence("No variant was attacked with a perturbation crafted on itself."),),
         )
-    said = []
-    for variant in checkable:
-        found = flags(view, variant)
-        if found:
-            reasons = "; ".join(flag_text(flag) for flag in found)
-            said.append(Sentence(f"{reasons[0].upper()}{reasons[1:]}.", variant.label))
-    unflagged = [v.label for v in checkable if not flags(view, v)]
-    if said:
+    masked = [v for v in verdicts if v.word == "masked"]
+    said = [Sentence(f"{_because(v)}.", f"{v.variant.label}: masked") for v in masked]
+    undecided: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.word == "undecided":
+            undecided.setdefault(_open(verdict), []).append(verdict.variant.label)
+    said += [Sentence(text, f"{listed(who)}: undecided") for text, who in undecided.items()]
+    clear = [v for v in verdicts if v.word == "not masked"]
+    if clear:
+        who = listed([v.variant.label for v in clear])
+        said.append(Sentence(_clear(clear), f"{who}: not masked"))
+    if masked:
         said.append(
             Sentence(
-                "A low white-box UER of a flagged variant is no evidence of robustness: read its"
-                " worst case instead. Where a control wins, the attack is under-optimised.",
+                "The white-box UER of a masked variant is no evidence of robustness: read its worst"
+                " case instead, which only bounds from below what a better attack would do.",
                 "What it means",
             )
         )
-    if unflagged:
-        said.append(Sentence(f"{listed(unflagged)}.", "No sign of it"))
-    said += [Sentence(text) for text in _unchecked(view, checkable)]
-    return Group(
-        "masking", title, tuple(said), "warn" if len(unflagged) < len(checkable) else "plain"
-    )
+    return Group("masking", title, tuple(said), "warn" if masked else "plain")
 
 
-def flag_text(flag: Flag) -> str:
-    """A flag in words, with its numbers."""
-    value, reference, other = percent(flag.value), percent(flag.reference), label_of(flag.other)
-    if flag.kind == "transfer":
-        return (
-            f"the perturbation crafted on {other} makes it err on {value}, its own on {reference}"
-            f" ({p_value(flag.p or 0.0)}, Holm over {plural(flag.family, 'source')})"
+def _because(verdict: MaskingVerdict) -> str:
+    reasons = [signal_text(verdict.signals[kind]) for kind in verdict.because]
+    text = "; ".join(reasons)
+    return text[0].upper() + text[1:]
+
+
+def _open(verdict: MaskingVerdict) -> str:
+    """What keeps a verdict from being one."""
+    raised = verdict.raised()
+    text = ""
+    if raised:
+        reasons = [f"{signal_text(s)}, but {OTHER_EXPLANATIONS[s.kind]}" for s in raised]
+        text = "; ".join(reasons)
+        text = f"{text[0].upper()}{text[1:]}."
+    else:
+        missing = [k for k in verdict.because if verdict.signals[k].state == "not measured"]
+        unclear = [k for k in verdict.because if verdict.signals[k].state == "unclear"]
+        if unclear:
+            text = "; ".join(signal_text(verdict.signals[kind]) for kind in unclear)
+            text = f"{text[0].upper()}{text[1:]}."
+        if missing:
+            text += f" Not measured: {listed([CHECKS[kind] for kind in missing])}."
+    if verdict.near_ceiling:
+        text += (
+            " Its white-box UER is near the highest possible, so little can be hidden behind it."
         )
-    if flag.kind == "control":
-        p = flag.p if flag.p is not None else 1.0
-        shown = p_value(p) if p < ALPHA else "no difference shown"
-        return (
-            f"the {other} control, which attacks no model, does at least as well as its own"
-            f" perturbation: {value} against {reference} ({shown})"
-        )
-    if flag.kind == "random":
-        return (
-            f"its own perturbation turns {value} of the correctly classified images, less than"
-            f" {MIN_GAIN_OVER_RANDOM:g} times what random signs do ({reference})"
-        )
-    if flag.kind == "monotone":
-        return (
-            f"its white-box UER falls from {reference} to {value} as the budget grows from"
-            f" {flag.other}, beyond the intervals"
-        )
+    return text.strip()
+
+
+def _clear(verdicts: list[MaskingVerdict]) -> str:
+    """What was shown, over all of them."""
+    free = [v.signals["gradient_free"] for v in verdicts]
+    guide = [v.signals["agreement"] for v in verdicts]
+    reach = _span([s.value for s in free])
+    own = _span([s.reference for s in free])
     return (
-        f"{value} of the samples gave a saturated loss, hence no gradient, while crafting, but only"
-        f" {reference} of the images are misclassified"
+        f"All signs were measured and none is raised. A search without gradients, at the same"
+        f" number of forward passes, reaches {reach} where gradients reach {own}, shown to be less"
+        f" for each"
+        f" ({p_value(max(s.p or 0.0 for s in free))} or less, Holm over"
+        f" {plural(free[0].family, 'test')}); gradients agree with the network to"
+        f" {_plain_span([s.value for s in guide])} (cosine)."
     )
 
 
-def short_flag(flag: Flag) -> str:
-    """Two or three words for a table cell."""
-    other = label_of(flag.other)
-    return {
-        "transfer": f"{other} transfers better",
-        "control": f"{other} does as well",
-        "random": "barely beats random sign",
-        "monotone": "not monotone in \u03b5",
-        "saturated": "loss saturated",
-    }[flag.kind]
+def signal_text(signal: Signal) -> str:
+    """A signal in words, with its numbers; what it says depends on its state."""
+    value, reference, other = percent(signal.value), percent(signal.reference), signal.other
+    p = signal.p if signal.p is not None else 1.0
+    test = f"{p_value(p)}, Holm over {plural(signal.family, 'test')}"
+    between = interval(signal.low, signal.high)
+    texts: dict[Kind, str] = {
+        "gradient_free": f"a search without gradients makes it err on {value}, its own gradient"
+        f" attack on {reference} ({shown(p)}{test})",
+        "transfer": f"the perturbation crafted on {label_of(other)} makes it err on {value}, its"
+        f" own on {reference} ({shown(p)}{test})",
+        "control": f"the {label_of(other)} control, which attacks no model, makes it err on"
+        f" {value}, its own perturbation on {reference} ({shown(p)}{test})",
+        "no_gradient": f"{value} of the clean attack images ({between}) have no gradient at all",
+        "slope": f"along its gradient the margin changes by {number(signal.value)} of what the"
+        f" gradient promises",
+        "agreement": f"along random directions its gradient agrees with the network to"
+        f" {number(signal.value)} only (cosine)",
+        "random": f"its own perturbation turns {value} of the correctly classified images, shown to"
+        f" be less than three times what random signs do ({reference})",
+        "monotone": f"its white-box UER falls from {reference} to {value} as the budget grows from"
+        f" {other} ({test})",
+        "saturated": f"{value} of the samples gave a saturated loss, hence no gradient, while"
+        f" crafting, but only {reference} of the images are misclassified",
+    }
+    return texts[signal.kind]
 
 
-def _unchecked(view: View, variants: list[VariantView]) -> list[str]:
-    """The checks that could not be made, so that silence is not read as a pass."""
-    missing = []
-    if not any(v.transfers for v in variants):
-        missing.append("transfer from other variants")
-    if not any("random" in v.attacked or "chessboard" in v.attacked for v in variants):
-        missing.append("random-sign and chessboard controls")
-    elif not any("random" in v.attacked for v in variants):
-        missing.append("the random-sign control")
-    if not any(len(v.curve) > 1 for v in variants):
-        missing.append("a sweep over \u03b5")
-    if all(saturated_fraction(view, v) is None for v in variants):
-        missing.append("the saturated fraction of the loss")
-    return [f"Not checked, because it was not recorded: {listed(missing)}."] if missing else []
+def short_verdict(verdict: MaskingVerdict) -> str:
+    """A few words for a table cell; empty where there is nothing to warn of."""
+    if verdict.word == "masked":
+        return "gradients masked"
+    raised = verdict.raised()
+    return f"masking undecided: {listed([_SHORT[s.kind] for s in raised])}" if raised else ""
+
+
+_SHORT: dict[Kind, str] = {
+    "gradient_free": "beaten without gradients",
+    "transfer": "a transfer does more",
+    "control": "a control does more",
+    "no_gradient": "no gradients",
+    "slope": "slopes not as promised",
+    "agreement": "gradients do not agree",
+    "random": "barely beats random sign",
+    "monotone": "not monotone in \u03b5",
+    "saturated": "loss saturated",
+}
+
+
+def shown(p: float) -> str:
+    return "" if p < ALPHA else "no difference shown, "
+
+
+def number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}"
+
+
+def _span(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    low, high = percent(min(known)), percent(max(known))
+    return low if low == high else f"{percent(min(known), unit=False)} to {high}"
+
+
+def _plain_span(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    low, high = number(min(known)), number(max(known))
+    return low if low == high else f"{low} to {high}"

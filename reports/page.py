@@ -11,10 +11,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from harness.seeds import METHOD
 from reports import method, panels
 from reports.black_box import black_box_table, black_box_text
 from reports.heat import HeatMap, heat_maps
 from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
+from reports.masking_table import masking_table
 from reports.method import TextTable
 from reports.pictures import gallery
 from reports.runtimes import runtime_table, runtime_text
@@ -56,6 +58,7 @@ def html_text(view: View) -> str:
         marks=[(mark, verdict.lower()) for verdict, mark in VERDICT_MARKS.items()],
         pareto=panels.pareto(view),
         groups=conclusions(view),
+        signals=masking_table(view),
         curves=panels.curves(view),
         matrices=_matrices(view),
         bars=panels.bars(view),
@@ -73,6 +76,7 @@ def html_text(view: View) -> str:
         commands=method.commands(view),
         definitions=method.DEFINITIONS,
         notes=view.notes,
+        seeds_method=_seeds_method(view),
         dataset=clean_text(view.evaluation.dataset),
         device=view.device.label,
     )
@@ -96,6 +100,12 @@ def _matrices(view: View) -> list[Matrix]:
         )
         for heat, eps in zip(heat_maps(view), budgets, strict=True)
     ]
+
+
+def _seeds_method(view: View) -> str:
+    if not view.seeds:
+        return "Every perturbation has one crafting seed, so intervals cover images only."
+    return f"Rates of perturbations crafted with several seeds are their mean; {METHOD}."
 
 
 def _chips(view: View) -> list[tuple[str, str]]:

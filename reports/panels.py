@@ -13,8 +13,10 @@ from markupsafe import Markup
 from harness.records import CONTROLS, ResultRow
 from reports import figures
 from reports.advice import COSTS, Cost, latency_caveat, rated
+from reports.choosing import pareto_front
 from reports.figures import Line, Point
-from reports.inference import pareto_front
+from reports.inference import ALPHA, adjusted_apart, mean_difference
+from reports.signals import masking_verdicts
 from reports.view import VariantView, View
 from reports.words import clean_text, epsilon, listed, method_colour, method_css, percent
 
@@ -59,7 +61,8 @@ def pareto(view: View) -> Figure:
             fronts.append(f"{cost.phrase}: {labels}")
     return Figure(
         "Lower and further left is better. Filled marks lie on the Pareto front (line): no other"
-        f" variant is both cheaper and less often wrong. On the front, {'; '.join(fronts)}."
+        f" variant was measured to be both cheaper and less often wrong; neighbours need not be"
+        f" shown to differ (see what to conclude). On the front, {'; '.join(fronts)}."
         + _unequal(view),
         panels,
     )
@@ -129,17 +132,18 @@ def curves(view: View) -> Figure:
         text += f" and {high} at \u03b5 = {budgets[-1]:g}"
     text += "; bands are 95 % intervals."
     if view.reference_eps is not None:
-        beaten = [
-            v.label
-            for v in attacked
-            if (own := v.white_box) is not None
-            and any((v.attacked[c].uer or 0) >= (own.uer or 0) for c in CONTROLS if c in v.attacked)
-        ]
-        if beaten:
-            text += (
-                f" At {epsilon(view.reference_eps)} a control does at least as well as the crafted"
-                f" perturbation on {listed(beaten)}."
-            )
+        controls = {v.variant.name: v.signals["control"] for v in masking_verdicts(view)}
+        by_state = {
+            state: [v.label for v in attacked if (c := controls.get(v.name)) and c.state == state]
+            for state in ("raised", "unclear")
+        }
+        at = f"At {epsilon(view.reference_eps)}"
+        if by_state["raised"]:
+            text += f" {at} a control is shown to do more than the crafted perturbation on"
+            text += f" {listed(by_state['raised'])}."
+        if by_state["unclear"]:
+            text += f" {at} the crafted perturbation is not shown to do more than every control on"
+            text += f" {listed(by_state['unclear'])}."
     keys = [("line-own", "white-box, the variant itself"), ("line-full", "Full, white-box")]
     if any(_controls(v) for v in attacked):
         keys += [("line-chess", "chessboard control"), ("line-random", "random-sign control")]
@@ -234,15 +238,32 @@ def _bars_caption(view: View, shown: list[VariantView], full: VariantView | None
     means = [(v.mean_tsr, v.label) for v in shown if v.mean_tsr is not None]
     low, high = min(means), max(means)
     text = (
-        "More blue: the compressed variant is harder to steer to that class; more orange: easier. "
+        "Blue above orange: Full was steered to that class more often than the compressed variant;"
     )
+    text += " orange above blue: less often. Single bars are not tested. "
     text = text if full is not None else ""
     text += f"Mean TSR goes from {percent(low[0])} ({low[1]}) to {percent(high[0])} ({high[1]})"
     if full is not None:
         text += f"; Full has {percent(full.mean_tsr)}"
     if view.targeted_eps is not None:
         text += f", all at {epsilon(view.targeted_eps)}"
-    return text + "."
+    return text + "." + (_mean_tests(view, shown, full) if full is not None else "")
+
+
+def _mean_tests(view: View, shown: list[VariantView], full: VariantView) -> str:
+    """Whose mean TSR is shown to differ from Full's: over images, on the targets both have."""
+    pairs = []
+    for variant in shown:
+        targets = [t for t in variant.targeted if t in full.targeted]
+        rows = [[v.targeted[t] for t in targets] for v in (variant, full)]
+        pairs.append(mean_difference(view, *rows))
+    p_values = adjusted_apart(shown, [pair.p for pair in pairs])
+    said = {"lower": [], "higher": []}  # type: dict[str, list[str]]
+    for variant, pair, p in zip(shown, pairs, p_values, strict=True):
+        if p < ALPHA and pair.value:
+            said["lower" if pair.value < 0 else "higher"].append(variant.label)
+    text = "".join(f" Shown to be {way}: {listed(who)}." for way, who in said.items() if who)
+    return text or " No mean is shown to differ from Full\u2019s."
 
 
 def _tsr(row: ResultRow) -> float:

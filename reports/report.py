@@ -1,7 +1,8 @@
-"""`write_report`: the store in, five files out.
+"""`write_report`: the store in, six files out.
 
 Enters: an open `Store` and a folder. Leaves: `index.html`, `results.csv`, `results.json`,
-`report.md`, `tables.tex`, each written whole or not at all. The same store gives the same bytes.
+`report.md`, `tables.tex`, `masking.json`, each written whole or not at all. The same store gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class ReportPaths:
     json: Path
     markdown: Path
     latex: Path
+    masking: Path
 
 
 def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> ReportPaths:
@@ -34,7 +36,7 @@ def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> R
         HarnessError: no results yet, none of that device, or the folder cannot be written.
     """
     # matplotlib and jinja2 wait until there is something to draw.
-    from reports import page, tables
+    from reports import masking_table, page, tables
     from reports.selection import build_view
 
     view = build_view(store, device=device)
@@ -44,12 +46,14 @@ def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> R
         json=out_dir / "results.json",
         markdown=out_dir / "report.md",
         latex=out_dir / "tables.tex",
+        masking=out_dir / "masking.json",
     )
     texts = {
-        paths.csv: tables.csv_text(view.rows),
-        paths.json: tables.json_text(view.rows),
+        paths.csv: tables.csv_text(view),
+        paths.json: tables.json_text(view),
         paths.markdown: tables.markdown_text(view),
         paths.latex: tables.latex_text(view),
+        paths.masking: masking_table.masking_text(view),
         paths.html: page.html_text(view),  # last: who sees the page finds what lies beside it
     }
     try:

@@ -7,17 +7,22 @@ attacks and seeds; what is set aside is kept in `View.notes` so that the report 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+
+import numpy as np
 
 from harness.latencies import latest_latencies
 from harness.metrics import Classes, Latency
 from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
 from harness.results import current_runs, result_rows
+from harness.seeds import SeedGroup, key_of, seed_groups
 from harness.sources import left_out
 from harness.store import Store
-from reports.view import Craft, DeviceId, RunKey, VariantView, View
+from reports.view import Craft, DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
 
 REFERENCE_EPS = 10.0
+GRADIENT_FREE = "spsa"
 DEPLOYED = "onnxruntime"
 
 
@@ -46,20 +51,7 @@ def build_view(store: Store, *, device: str | None = None) -> View:
     craft = _headline_craft(here)
     reference = _reference_eps(here, craft)
     targeted_eps = _targeted_eps(here, craft, reference)
-    kept = [row for row in on_set if _in_headline(row, craft)]
-    kept.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
-    models, timings = store.models(), latest_latencies(store)
-    devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
-    by_device = {
-        place: _variants(
-            [row for row in kept if _device(row) == place],
-            models,
-            {} if place.emulated else timings,
-            reference=reference,
-            targeted_eps=targeted_eps,
-        )
-        for place in devices
-    }
+    on_set.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
     predicted: dict[RunKey, Classes] = {}
     machines: dict[tuple[DeviceId, str], Machine] = {}
     for known, run in current_runs(store).items():
@@ -67,10 +59,29 @@ def build_view(store: Store, *, device: str | None = None) -> View:
             key = (known.model, known.uap, known.device, known.emulated, known.runtime)
             predicted[key] = run.predictions
             machines[DeviceId(known.device, known.emulated), known.runtime] = run.machine
+    evaluation = store.evaluation_sets()[evaluation_sha]
+    labels = np.asarray(evaluation.labels, dtype=np.int64)
+    groups = seed_groups(on_set, uaps=uaps, predicted=predicted, labels=labels)
+    seeds = {key_of(row): group for group in groups for row in group.rows}
+    kept = [_averaged(row, seeds) for row in on_set if _in_headline(row, craft)]
+    free = [_averaged(row, seeds) for row in on_set if _is_gradient_free(row, craft, reference)]
+    models, timings = store.models(), latest_latencies(store)
+    devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
+    by_device = {
+        place: _variants(
+            [row for row in kept if _device(row) == place],
+            models,
+            {} if place.emulated else timings,
+            gradient_free={row.variant: row for row in free if _device(row) == place},
+            reference=reference,
+            targeted_eps=targeted_eps,
+        )
+        for place in devices
+    }
     return View(
         device=chosen,
         devices=devices,
-        evaluation=store.evaluation_sets()[evaluation_sha],
+        evaluation=evaluation,
         variants=by_device[chosen],
         by_device=by_device,
         reference_eps=reference,
@@ -80,8 +91,8 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         uaps=uaps,
         predicted=predicted,
         machines=tuple((*key, machine) for key, machine in sorted(machines.items(), key=_first)),
-        whitebox_seeds=_seed_spread(here, craft, reference),
-        notes=_notes(deployed, on_set, kept, here) + _outdated(by_device[chosen]),
+        seeds=seeds,
+        notes=_notes(deployed, on_set, [*kept, *free], seeds, here) + _outdated(by_device[chosen]),
     )
 
 
@@ -90,6 +101,7 @@ def _variants(
     models: dict[str, ModelRecord],
     timings: dict[tuple[str, str, str], tuple[str, Latency]],
     *,
+    gradient_free: dict[str, ResultRow],
     reference: float | None,
     targeted_eps: float | None,
 ) -> tuple[VariantView, ...]:
@@ -133,6 +145,7 @@ def _variants(
                 any_row=first,
                 timing=timings.get((first.model_sha256, first.device, DEPLOYED)),
                 lowest_agreement=min(agreements, default=None),
+                gradient_free=gradient_free.get(name),
             )
         )
     return tuple(views)
@@ -198,28 +211,58 @@ def _targeted_eps(
     )
 
 
-def _seed_spread(
-    rows: list[ResultRow], craft: Craft | None, reference: float | None
-) -> dict[str, tuple[float, ...]]:
-    spread: dict[str, list[float]] = {}
-    for row in rows:
-        same_attack = craft is not None and (row.protocol, row.attack) == craft[:2]
-        white_box = row.uap_source == row.variant and row.target is None
-        if same_attack and white_box and row.eps == reference and row.uer is not None:
-            spread.setdefault(row.variant, []).append(row.uer)
-    return {name: tuple(sorted(v)) for name, v in spread.items() if len(v) > 1}
+def _is_gradient_free(row: ResultRow, craft: Craft | None, reference: float | None) -> bool:
+    """A search on the victim itself, beside a headline attack that uses gradients."""
+    return (
+        row.attack == GRADIENT_FREE
+        and craft is not None
+        and craft[:1] == (row.protocol or "",)
+        and craft[1] != GRADIENT_FREE
+        and (row.uap_source, row.target, row.eps) == (row.variant, None, reference)
+    )
+
+
+def _averaged(row: ResultRow, seeds: dict[SeedKey, SeedGroup]) -> ResultRow:
+    """The row as a mean over its crafting seeds, with their interval, where there are several."""
+    group = seeds.get(key_of(row))
+    if group is None:
+        return row
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    return replace(
+        row,
+        n=group.uer.n,
+        uer=group.uer.value,
+        uer_low=group.uer.low,
+        uer_high=group.uer.high,
+        uer_corrected=None,
+        uer_corrected_low=None,
+        uer_corrected_high=None,
+        evasion_on_correct=mean([r.evasion_on_correct for r in group.rows]),
+        fooling_rate=mean([r.fooling_rate for r in group.rows]),
+        tsr=group.tsr.value if group.tsr else None,
+        tsr_low=group.tsr.low if group.tsr else None,
+        tsr_high=group.tsr.high if group.tsr else None,
+        tsr_excl_target=mean([r.tsr_excl_target for r in group.rows]),
+    )
 
 
 def _notes(
     deployed: list[ResultRow],
     on_set: list[ResultRow],
     kept: list[ResultRow],
+    seeds: dict[SeedKey, SeedGroup],
     here: list[ResultRow],
 ) -> tuple[str, ...]:
     notes = []
     if other := len(deployed) - len(on_set):
         notes.append(f"{plural(other, 'row')} of other evaluation sets")
-    if other := len(on_set) - len(kept):
+    drawn = {key_of(row) for row in kept}
+    drawn |= {key_of(r) for key in drawn if key in seeds for r in seeds[key].rows}
+    if other := len({key_of(row) for row in on_set} - drawn):
         notes.append(f"{plural(other, 'row')} of other protocols, attacks or crafting seeds")
     said = [f"{listed(notes)} are in results.csv and are not drawn here."] if notes else []
     presets = sorted({f"{row.dataset}/{row.preset}" for row in here})

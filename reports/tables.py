@@ -9,30 +9,32 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 
 from harness.records import ResultRow
-from harness.results import as_json
 from harness.sources import LEAVE_ONE_OUT
 from reports.advice import latency_caveat
 from reports.black_box import black_box_table, black_box_text
 from reports.masking import Sentence
+from reports.masking_table import DERIVED_COLUMNS, derived_columns, masking_table
+from reports.method import TextTable
 from reports.tradeoff import Cell, Table, tradeoff_table
 from reports.verdicts import conclusions, headline
 from reports.view import View
 from reports.words import DASH, clean_text, epsilon, label_of, paper_rank, percent
 
 Escape = Callable[[str], str]
-COLUMNS = tuple(field.name for field in fields(ResultRow))
+COLUMNS = (*(field.name for field in fields(ResultRow)), *DERIVED_COLUMNS)
 
 
-def csv_text(rows: Sequence[ResultRow]) -> str:
-    """Every field of every row; absent is an empty cell."""
+def csv_text(view: View) -> str:
+    """Every field of every row, and what is derived of it; absent is an empty cell."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: _inert(v) for k, v in as_json(row).items()} for row in rows)
+    rows = derived_columns(view, view.rows)
+    writer.writerows({k: _inert(v) for k, v in row.items()} for row in rows)
     return buffer.getvalue()
 
 
@@ -42,9 +44,9 @@ def _inert(value: object) -> object:
     return f"'{value}" if starts_formula else value
 
 
-def json_text(rows: Sequence[ResultRow]) -> str:
+def json_text(view: View) -> str:
     """The array `harness results --json` prints."""
-    return json.dumps([as_json(row) for row in rows], indent=1) + "\n"
+    return json.dumps(derived_columns(view, view.rows), indent=1) + "\n"
 
 
 def transfer_matrix(
@@ -83,6 +85,8 @@ def markdown_text(view: View) -> str:
     for group in conclusions(view):
         lines = "\n".join(f"- {_bullet(sentence)}" for sentence in group.sentences)
         parts += [f"## {escape_markdown(group.title)}", lines]
+        if group.anchor == "masking" and (signals := masking_table(view)) is not None:
+            parts.append(_text_table(signals))
     for eps in view.transfer_budgets:
         sources, matrix = transfer_matrix(view, eps)
         head = ["Victim \\\\ source", *(escape_markdown(label_of(s)) for s in sources)]
@@ -118,6 +122,11 @@ def _markdown_table(table: Table) -> str:
         for row in table.rows
     ]
     return _pipes(head, body)
+
+
+def _text_table(table: TextTable) -> str:
+    head = [escape_markdown(title) for title in table.head]
+    return _pipes(head, [[escape_markdown(cell) for cell in row] for row in table.rows])
 
 
 def _plain(cell: Cell, escape: Escape) -> str:
@@ -165,6 +174,7 @@ def latex_text(view: View) -> str:
     """Booktabs tables: the trade-off, a transfer matrix for every eps. Needs graphicx too."""
     table = tradeoff_table(view)
     caption = f"Robustness and cost on {view.device.label}, {clean_text(view.evaluation.dataset)}."
+    caption += " Bold is the best of its column, not a tested difference."
     if caveat := latency_caveat(view):
         caption += f" Latency: {caveat}."
     head = " & ".join(["Variant", *(escape_latex(column.title) for column in table.columns)])

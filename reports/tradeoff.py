@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from harness.records import ResultRow
 from reports import words
 from reports.advice import latency_caveat
-from reports.inference import flags
-from reports.masking import short_flag
+from reports.masking import short_verdict
+from reports.signals import masking_verdicts
 from reports.view import VariantView, View
 from reports.words import DASH, epsilon, interval, label_of, percent, plural
 
@@ -84,6 +84,7 @@ def tradeoff_table(view: View) -> Table:
     """One row per variant, one column per thing a reader weighs."""
     specs = _specs(view)
     best = [_best(spec, view.variants) for spec in specs]
+    doubts = {v.variant.name: short_verdict(v) for v in masking_verdicts(view)}
     return Table(
         columns=tuple(spec.column for spec in specs),
         rows=tuple(
@@ -92,7 +93,7 @@ def tradeoff_table(view: View) -> Table:
                 label=variant.label,
                 colour=words.method_css(variant.method),
                 method=words.method_name(variant.method),
-                flags=tuple(short_flag(flag) for flag in flags(view, variant)),
+                flags=(doubts[variant.name],) if doubts.get(variant.name) else (),
                 cells=tuple(
                     replace(spec.cell(variant), best=variant.name in names)
                     for spec, names in zip(specs, best, strict=True)

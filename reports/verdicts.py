@@ -6,6 +6,9 @@ A difference is claimed only where a paired test shows one; otherwise it says so
 
 from __future__ import annotations
 
+from itertools import combinations
+
+from harness.seeds import METHOD
 from reports import advice
 from reports.inference import (
     ALPHA,
@@ -16,7 +19,7 @@ from reports.inference import (
 )
 from reports.masking import Group, Sentence, masking_group
 from reports.view import VariantView, View
-from reports.words import epsilon, label_of, listed, p_value, percent, plural, points
+from reports.words import epsilon, interval, listed, p_value, percent, plural, points
 
 POOR = 0.5
 """Erring on this share of the images, nobody survived well."""
@@ -39,11 +42,7 @@ def headline(view: View) -> str:
             " There is nothing to compare it with."
         )
     if view.full not in rated:
-        best, weakest = min(rated, key=_worst_value), max(rated, key=_worst_value)
-        return (
-            f"There is no attacked Full model to compare with: {at} {best.label} errs least"
-            f" ({_worst(best)} of the images) and {weakest.label} most ({_worst(weakest)})."
-        )
+        return f"There is no attacked Full model to compare with: {at} {_pairwise(view, rated)}"
     tests = sorted(against_full(view, "worst"), key=lambda test: test.rate)
     better = [test for test in tests if test.shown and test.difference < 0]
     worse = [test for test in tests if test.shown and test.difference > 0]
@@ -57,6 +56,23 @@ def headline(view: View) -> str:
             f" {'itself' if len(spared) == 1 else 'themselves'}, which may do more harm."
         )
     return text
+
+
+def _pairwise(view: View, rated: list[VariantView]) -> str:
+    """Who is shown to differ from whom, of all pairs: Holm over all of them."""
+    ordered = sorted(rated, key=_worst_value)
+    pairs = list(combinations(ordered, 2))
+    rows = [(a.worst, b.worst) for a, b in pairs]
+    p_values = paired(view, [(a, b) for a, b in rows if a is not None and b is not None])
+    span = listed([f"{v.label} errs on {_worst(v)}" for v in (ordered[0], ordered[-1])])
+    shown = [
+        f"{a.label} less than {b.label}"
+        for (a, b), p in zip(pairs, p_values, strict=True)
+        if p < ALPHA and _worst_value(a) < _worst_value(b)
+    ]
+    if not shown:
+        return f"{span} of the images, the extremes of what was measured; no difference is shown."
+    return f"{span} of the images. Shown to err less: {listed(shown)}."
 
 
 def _survivors(view: View, at: str, better: list[Comparison]) -> str:
@@ -166,12 +182,18 @@ def _reach(view: View) -> list[str]:
         f" on these {n:,} images, not about the compression methods. A claim about a method needs"
         " at least three training seeds and an independently seeded Full.",
     ]
-    spread = [
-        f"{label_of(name)} {percent(rates[0])} to {percent(rates[-1])} ({len(rates)} seeds)"
-        for name, rates in view.whitebox_seeds.items()
+    repeated = [
+        f"{v.label} {percent(own.uer)} [{interval(own.uer_low, own.uer_high)}]"
+        f" ({len(view.repeats(own))} seeds)"
+        for v in view.variants
+        if (own := v.white_box) is not None and len(view.repeats(own)) > 1
     ]
-    if spread:
-        said.append(f"White-box UER by crafting seed: {listed(spread)}.")
+    if repeated:
+        said.append(
+            f"White-box UER over crafting seeds, mean and 95 % interval: {listed(repeated)}. These"
+            f" intervals and the tests between them cover images and crafting seeds ({METHOD});"
+            " all others cover the choice of images only."
+        )
     elif view.craft is not None:
         said.append(
             "Each perturbation comes from one crafting seed, and all images share it: the"

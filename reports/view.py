@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.metrics import UNSEEN, Classes, Latency
 from harness.records import CONTROLS, EvaluationSet, Machine, ModelRecord, ResultRow, UapRecord
+from harness.seeds import SeedGroup, key_of
 from harness.sources import FLEET
 from reports.words import label_of
 
@@ -19,6 +21,7 @@ Craft = tuple[str, str, int]
 """(protocol, attack, seed) of a crafted perturbation."""
 RunKey = tuple[str, str | None, str, bool, str]
 """(model, uap, device, emulated, runtime) on the headline evaluation set."""
+SeedKey = RunKey
 
 
 @dataclass(frozen=True, order=True)
@@ -58,6 +61,8 @@ class VariantView:
     timing: tuple[str, Latency] | None
     lowest_agreement: float | None
     """Lowest agreement with PyTorch over clean and attacked images."""
+    gradient_free: ResultRow | None = None
+    """Under a perturbation crafted on itself without gradients, at the reference eps."""
 
     @property
     def label(self) -> str:
@@ -90,6 +95,7 @@ class VariantView:
         """The row of the perturbation, of whatever source, under which it errs most."""
         budgets = {row.eps for row in self.attacked.values()}
         apart = [row for eps, row in self.left_out.items() if eps in budgets]
+        apart += [] if self.gradient_free is None else [self.gradient_free]
         return max([*self.attacked.values(), *apart], key=_uer, default=None)
 
     @property
@@ -125,9 +131,11 @@ class View:
     uaps: dict[str, UapRecord]
     predicted: dict[RunKey, Classes]
     machines: tuple[tuple[DeviceId, str, Machine], ...]
-    whitebox_seeds: dict[str, tuple[float, ...]]
-    """Variant -> white-box UER at the reference eps, one per crafting seed, when there are more."""
+    seeds: dict[SeedKey, SeedGroup]
+    """Rows that are means over several crafting seeds -> what they are means of."""
     notes: tuple[str, ...]
+    memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Tests already made: the page says the same thing in several places."""
 
     @property
     def full(self) -> VariantView | None:
@@ -142,6 +150,8 @@ class View:
         base = self.full
         if base is None or not base.attacked:
             base = max(self.variants, key=lambda v: len(v.attacked))
+        if (variant.gradient_free is None) != (base.gradient_free is None):
+            return False
         if variant.attacked.keys() == base.attacked.keys():
             return bool(variant.attacked)
         own = variant.white_box is not None and base.white_box is not None
@@ -177,6 +187,11 @@ class View:
         else:
             key = (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
         return self.predicted.get(key)
+
+    def repeats(self, row: ResultRow) -> tuple[ResultRow, ...]:
+        """The rows of every crafting seed behind a row; itself where there is one seed."""
+        group = self.seeds.get(key_of(row))
+        return (row,) if group is None else group.rows
 
     def together(
         self, first: ResultRow, second: ResultRow, *, runtime: str | None = None

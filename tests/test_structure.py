@@ -83,6 +83,7 @@ def test_reports_read_the_store_only(path: Path) -> None:
         *("reports", "harness.records", "harness.store", "harness.results", "harness.metrics"),
         *("harness.sampling", "harness.latencies"),  # how stored runs of a measurement add up
         "harness.sources",  # what a stored perturbation's source is called
+        *("harness.bootstrap", "harness.seeds"),  # intervals over images and crafting seeds
     )
     assert not offenders(path, allowed=allowed, of=PACKAGES)
     assert not offenders(path, allowed=(), of=("torch", "torchvision", "onnxruntime", "onnx"))

@@ -196,8 +196,8 @@ def _print_rows(
     as_json: bool,
 ) -> None:
     from harness.cli.results_table import print_results
-    from harness.results import as_json as to_json
     from harness.results import result_rows
+    from reports.masking_table import rows_of
 
     models = {context.sha256(victim.onnx) for victim in victims}
     uaps: set[str | None] = {None, *(context.sha256(path) for path in uap_paths)}
@@ -214,7 +214,8 @@ def _print_rows(
 
     with context.open_store() as store:
         rows = [row for row in result_rows(store) if wanted(row)]
+        derived = rows_of(store, rows) if as_json else []
     if as_json:
-        click.echo(json.dumps([to_json(row) for row in rows], indent=2))
+        click.echo(json.dumps(derived, indent=2))
     else:
         print_results(rows)

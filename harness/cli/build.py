@@ -23,6 +23,7 @@ from harness.cli.options import (
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
+from harness.config import ATTACKS
 from harness.records import CONTROLS, UsageError
 from harness.sources import is_ensemble, members
 
@@ -89,6 +90,12 @@ def train(
     help="N crafting seeds, each perturbation a file for every one: the experiment's seed, and "
     "those after it (cache/VARIANT_epsE_sS.pt).  [default: craft.seeds of harness.toml]",
 )
+@click.option(
+    "--attack",
+    type=click.Choice(ATTACKS),
+    help="How: momentum, the paper's sgd, or spsa, which uses no gradients.  [default: the "
+    "workspace's, from harness.toml]",
+)
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -101,6 +108,7 @@ def craft(
     eps: tuple[float, ...],
     targets: tuple[int, ...],
     seeds: int | None,
+    attack: str | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -121,6 +129,7 @@ def craft(
       harness craft --model q4 --eps 10 --target 3
       harness craft --model full --eps 10 --seeds 5
       harness craft --model fleet --model fleet_without_q4 --eps 10
+      harness craft --model q4 --eps 10 --attack spsa
       harness craft --control chessboard --eps 10
     """
     sources = list(controls)
@@ -128,6 +137,8 @@ def craft(
         sources += chosen_sources(models, all_models)
     if targets and controls:
         raise UsageError("--target does not go with --control: a control has no target class")
+    if attack is not None and controls and not (models or all_models):
+        raise UsageError("--attack does not go with --control: a control attacks nothing")
     for value in eps:
         if not 1 <= value <= 255:
             raise UsageError(f"--eps {value:g} must be from 1 to 255 (1/255 units)")
@@ -137,7 +148,7 @@ def craft(
         from harness.pipeline.uaps import craft_tasks
 
         context = _with_seeds(context, seeds)
-        names = _uap_names(context, sources, eps, targets)
+        names = _uap_names(context, sources, eps, targets, attack)
         trained = [name for source in sources for name in members(source)]
         paths = [context.workspace.uap(name) for name in names]
         return train_tasks(context, trained) + craft_tasks(context, names), paths
@@ -146,8 +157,14 @@ def craft(
 
 
 def _uap_names(
-    context: Context, sources: list[str], eps: tuple[float, ...], targets: tuple[int, ...]
+    context: Context,
+    sources: list[str],
+    eps: tuple[float, ...],
+    targets: tuple[int, ...],
+    attack: str | None,
 ) -> list[UapName]:
+    from dataclasses import replace
+
     from harness.pipeline.uap_names import (
         named,
         targeted_names,
@@ -166,6 +183,8 @@ def _uap_names(
         else:
             names += white_box_names(context, source)
             names += [] if control else targeted_names(context, source)
+    if attack not in (None, context.config.attack):  # the workspace's own has it not in its name
+        names = [n if n.source in CONTROLS else replace(n, attack=attack) for n in names]
     return names
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,8 +13,13 @@ from harness.records import ResultRow
 from harness.sources import source_label
 
 
-def print_results(rows: Sequence[ResultRow]) -> None:
-    """One line a row: who was attacked with what, and what happened."""
+def print_results(rows: Sequence[ResultRow], *, derived: Sequence[Mapping[str, Any]] = ()) -> None:
+    """One line a row: who was attacked with what, and what happened.
+
+    Args:
+        rows: the rows.
+        derived: the same rows with what is derived over several of them, printed below.
+    """
     table = Table(box=None, pad_edge=False)
     # Only a sample has them: of a whole set the UER is what it is.
     sampled = any(row.uer_corrected is not None for row in rows)
@@ -61,6 +67,53 @@ def print_results(rows: Sequence[ResultRow]) -> None:
     if not console.is_terminal:
         console = StdoutConsole(width=200)
     console.print(table)
+    for title, below in (("over crafting seeds", _seeds), ("gradient masking", _masking)):
+        found = below(derived)
+        if found is not None:
+            console.print(f"\n{title}", highlight=False)
+            console.print(found)
+
+
+def _seeds(derived: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Means over crafting seeds, each once."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    names = ("variant", "device", "emulated", "runtime", "uap_source", "eps", "target", "attack")
+    for row in derived:
+        if row["seeds"] is not None:
+            found[tuple(row[name] for name in names)] = row
+    if not found:
+        return None
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "device", "UAP", "attack", "eps", "target"):
+        table.add_column(name)
+    for name in ("seeds", "mean UER", "95 % (images and seeds)"):
+        table.add_column(name, justify="right")
+    for row in found.values():
+        table.add_row(
+            escape(source_label(row["variant"])),
+            row["device"] + (" (emulated)" if row["emulated"] else ""),
+            escape(source_label(row["uap_source"])),
+            escape(row["attack"]),
+            f"{row['eps']:g}",
+            "" if row["target"] is None else str(row["target"]),
+            str(row["seeds"]),
+            _percent(row["uer_mean"]),
+            _interval(row["uer_mean_low"], row["uer_mean_high"]),
+        )
+    return table
+
+
+def _masking(derived: Sequence[Mapping[str, Any]]) -> Table | None:
+    """The verdict on each white-box number; once a model, whatever its crafting seeds."""
+    words = {(row["variant"], row["eps"]): row["masking"] for row in derived if row["masking"]}
+    if not words:
+        return None
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "eps", "white-box number"):
+        table.add_column(name)
+    for (variant, eps), word in words.items():
+        table.add_row(escape(source_label(variant)), f"{eps:g}", word)
+    return table
 
 
 def _interval(low: float | None, high: float | None) -> str:

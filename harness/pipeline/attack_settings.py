@@ -1,6 +1,7 @@
-"""How a perturbation is crafted: the configuration, the protocol and its name, as an attack's own.
+"""Which attack crafts a perturbation, with what settings, on which images.
 
-Enters: a context and a `UapName`. Leaves: the settings of `harness.crafting`'s attacks.
+Enters: the configuration and a perturbation's name. Leaves: frozen settings of one of the attacks
+of `harness.crafting`. Adding an attack is an entry in `_MAKERS` and a name in `ATTACKS`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from harness.config import CraftConfig
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.selection import selection_images
 from harness.crafting.sgd import SgdSettings
+from harness.crafting.spsa import SpsaSettings
 from harness.data.dataset import Split
 from harness.pipeline.context import Context
 from harness.pipeline.uap_names import attack_of
@@ -19,7 +21,7 @@ from harness.records import variant_named
 from harness.sources import is_ensemble, members
 from harness.workspace import UapName
 
-Settings = SgdSettings | MomentumSettings
+Settings = SgdSettings | MomentumSettings | SpsaSettings
 
 
 def craft_split(context: Context) -> Split:
@@ -41,6 +43,17 @@ def settings_of(context: Context, name: UapName) -> Settings:
         craft = replace(craft, epochs=craft.fleet_epochs)
     make = _MAKERS[attack_of(context, name)]
     return make(craft, len(craft_split(context)), paper, train_mode)
+
+
+def probed(context: Context, name: UapName) -> bool:
+    """Whether the source's gradients are measured beside this perturbation: one of each variant."""
+    return (
+        name.target is None
+        and name.eps == context.config.craft.reference_eps
+        and name.seed == context.config.seed
+        and not is_ensemble(name.source)
+        and not isinstance(settings_of(context, name), SpsaSettings)
+    )
 
 
 def _sgd_settings(craft: CraftConfig, n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
@@ -72,9 +85,15 @@ def _momentum_settings(
     )
 
 
+def _spsa_settings(craft: CraftConfig, _n: int, _paper: bool, _statistics: bool) -> SpsaSettings:
+    # Twice the images of a gradient step: each tells about one direction only.
+    return SpsaSettings(epochs=craft.epochs, pairs=2 * craft.inner_batch)
+
+
 _MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
     "sgd": _sgd_settings,
     "momentum": _momentum_settings,
+    "spsa": _spsa_settings,
 }
 """(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
 
@@ -82,7 +101,7 @@ _MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
 def settings_key(settings: Settings) -> dict[str, object]:
     """What is crafted from one start is what it was before there were restarts."""
     values = asdict(settings)
-    if settings.restarts == 1:
+    if not isinstance(settings, SpsaSettings) and settings.restarts == 1:
         del values["restarts"]
         if isinstance(settings, SgdSettings):
             del values["selection"]

@@ -27,6 +27,7 @@ from harness.pipeline.tasks import Task
 from harness.pipeline.uap_names import (
     control_names,
     fleet_names,
+    gradient_free_names,
     leave_one_out_names,
     targeted_names,
     transfer_name,
@@ -63,6 +64,7 @@ def all_uap_names(context: Context, variants: list[str]) -> list[UapName]:
     names = control_names(context)
     for source in variants:
         names += white_box_names(context, source) + targeted_names(context, source)
+        names += gradient_free_names(context, source)
     names += fleet_names(context)
     for victim in variants:
         names += leave_one_out_names(context, victim)
@@ -79,7 +81,7 @@ def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list
     for source in variants:
         names += transfer_names(context, source) if source != victim else []
     names += fleet_names(context) + leave_one_out_names(context, victim)
-    return names + targeted_names(context, victim)
+    return names + targeted_names(context, victim) + gradient_free_names(context, victim)
 
 
 def experiment_tasks(context: Context, variants: list[str], device: Device) -> list[Task]:

@@ -8,11 +8,15 @@ last is what a report draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from harness.pipeline.context import Context
 from harness.records import CONTROLS, PAPER_ORDER
 from harness.sources import FLEET, leave_one_out
 from harness.workspace import UapName
+
+GRADIENT_FREE = "spsa"
+"""The attack that a gradient attack must beat (docs/adr/0010)."""
 
 
 def white_box_names(context: Context, source: str) -> list[UapName]:
@@ -47,6 +51,14 @@ def fleet_names(context: Context) -> list[UapName]:
 def leave_one_out_names(context: Context, victim: str) -> list[UapName]:
     """The UAPs of the fleet without this victim, as `fleet_names`."""
     return transfer_names(context, leave_one_out(victim)) if fleet_names(context) else []
+
+
+def gradient_free_names(context: Context, source: str) -> list[UapName]:
+    """What shows whether the gradients of a source are masked; none where all is crafted so."""
+    if context.config.attack == GRADIENT_FREE:
+        return []
+    name = transfer_name(context, source)
+    return [replace(name, attack=GRADIENT_FREE)]
 
 
 def control_names(context: Context) -> list[UapName]:

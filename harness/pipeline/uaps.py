@@ -34,9 +34,24 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.together import Crafted, Job, Request, craft_together, planned_steps
+from harness.crafting.probe import probe_gradients
+from harness.crafting.spsa import Searched, SpsaSettings, craft_spsa, planned_pairs
+from harness.crafting.together import (
+    Crafted,
+    Job,
+    Request,
+    craft_together,
+    planned_steps,
+    set_batch_statistics,
+)
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.attack_settings import Settings, craft_split, settings_key, settings_of
+from harness.pipeline.attack_settings import (
+    Settings,
+    craft_split,
+    probed,
+    settings_key,
+    settings_of,
+)
 from harness.pipeline.checkpoints import (
     checkpoint_key,
     deployed_form,
@@ -45,12 +60,13 @@ from harness.pipeline.checkpoints import (
 )
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
-from harness.pipeline.uap_names import attack_of
+from harness.pipeline.uap_names import GRADIENT_FREE, attack_of
 from harness.records import CONTROLS, UsageError, variant_named
 from harness.sources import FLEET, is_ensemble, members
 from harness.workspace import UapName
 
 VERSION = 1
+PROBE_VERSION = 1
 MAX_SEED = 2**31
 """As in harness.toml."""
 CRAFT_COST = {"full": 2.2, "sfp": 2.2, "pp": 2.2, "apot": 4.5}
@@ -74,7 +90,7 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
         settings = settings_of(context, name)
         # A pass has one rule: under protocol `paper`, targeted runs may have another.
         source = FLEET if is_ensemble(name.source) else name.source
-        group = (source, attack_of(context, name), settings.batch_statistics)
+        group = (source, attack_of(context, name), _statistics(settings))
         if group not in passes:
             passes[group] = _Pass(context, settings)
         passes[group].names.append(name)
@@ -90,6 +106,8 @@ def uap_key(context: Context, name: UapName) -> str:
     if name.source in CONTROLS:
         return cache_key("control", VERSION, name=name.stem, shape=shape, labels=labels)
     paper = config.protocol == "paper"
+    # Written only where there is one: other perturbations stay valid.
+    more: dict[str, object] = {"probe": PROBE_VERSION} if probed(context, name) else {}
     return cache_key(
         "craft",
         VERSION,
@@ -101,6 +119,7 @@ def uap_key(context: Context, name: UapName) -> str:
         labels=labels,
         source=_source_key(context, name.source),
         images=context.data.digests["evaluation" if paper else "attack"],
+        **more,
     )
 
 
@@ -160,6 +179,8 @@ def _check_name(context: Context, name: UapName) -> None:
     if attack_of(context, name) not in ATTACKS:
         known = ", ".join(ATTACKS)
         raise UsageError(f"{name.stem}: unknown attack {name.attack!r}; this version has {known}")
+    if is_ensemble(name.source) and attack_of(context, name) == GRADIENT_FREE:
+        raise UsageError(f"{name.stem}: {GRADIENT_FREE} crafts on one variant, not on the fleet")
     if name.target is not None and name.target >= len(context.data.classes):
         n_classes = len(context.data.classes)
         raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
@@ -191,8 +212,7 @@ class _Pass:
         context = self.context
         variants = [variant_named(m) for name in self.names for m in members(name.source)]
         cost = sum(CRAFT_COST[variant.method] for variant in variants) / len(variants)
-        passes = self.settings.epochs * self.settings.restarts
-        work = cost * passes * len(craft_split(context))
+        work = cost * _passes(self.settings) * len(craft_split(context))
         trained = tuple(dict.fromkeys(task_name(variant.name) for variant in variants))
         missing = [name for name in self.names if not valid_uap(context, name)]
         first = missing[0] if missing else self.names[0]
@@ -236,10 +256,12 @@ def _craft(
     fleet = list(dict.fromkeys(member for name in names for member in members(name.source)))
     trained = [load_checkpoint(workspace.checkpoint(member)).build() for member in fleet]
     # The authors' protocol needs batch norm to be there; ours has it folded.
-    model = nn.ModuleList(network if paper else deployed_form(network) for network in trained)
+    networks = [network if paper else deployed_form(network) for network in trained]
+    model = nn.ModuleList(networks)
+    set_batch_statistics(model, False)
+    model.requires_grad_(requires_grad=False).to(context.accelerator)
     checkpoints = {name.source: _checkpoints_sha256(context, name.source) for name in names}
-    steps = planned_steps(settings.rule, len(split))
-    total, done = settings.epochs * settings.restarts * len(split) * len(names), 0
+    total, done = _passes(settings) * len(split) * len(names), 0
 
     def advance(images: int) -> None:
         nonlocal done
@@ -247,23 +269,42 @@ def _craft(
         progress(min(done / total, 1.0), f"{len(names)} at once" if len(names) > 1 else "")
 
     together = hashlib.sha256(" ".join([*keys, *checkpoints.values()]).encode()).hexdigest()
-    crafted = craft_together(
-        model.requires_grad_(requires_grad=False).to(context.accelerator),
-        split,
-        [
-            Job(
-                Request(name.eps, name.target),
-                seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
-                members=tuple(fleet.index(member) for member in members(name.source)),
+    jobs = [
+        Job(
+            Request(name.eps, name.target),
+            seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
+            members=tuple(fleet.index(member) for member in members(name.source)),
+        )
+        for name in names
+    ]
+    crafted: Sequence[Crafted | Searched]
+    if isinstance(settings, SpsaSettings):
+        steps = planned_pairs(settings, len(split))
+        crafted = [
+            craft_spsa(
+                networks[job.members[0]],
+                split,
+                job,
+                settings,
+                key=f"{key} on {checkpoints[name.source]}",
+                partial=partial,
+                device=context.accelerator,
+                progress=advance,
             )
-            for name in names
-        ],
-        settings.rule,
-        key=together,
-        partial=partial,
-        device=context.accelerator,
-        progress=advance,
-    )
+            for name, job, key in zip(names, jobs, keys, strict=True)
+        ]
+    else:
+        steps = planned_steps(settings.rule, len(split))
+        crafted = craft_together(
+            model,
+            split,
+            jobs,
+            settings.rule,
+            key=together,
+            partial=partial,
+            device=context.accelerator,
+            progress=advance,
+        )
     for name, key, found in zip(names, keys, crafted, strict=True):
         # The deployed perturbation is whole levels; rounding now makes every later step exact.
         levels = found.delta_255 if paper else to_levels(found.delta_255, eps=name.eps)
@@ -277,11 +318,33 @@ def _craft(
             "steps": steps,
             **_what_was_seen(found),
         }
+        if probed(context, name) and not isinstance(settings, SpsaSettings):
+            meta["probe"] = asdict(
+                probe_gradients(
+                    networks[fleet.index(name.source)],
+                    split,
+                    eps=name.eps,
+                    beta=settings.beta,
+                    seed=name.seed,
+                    device=context.accelerator,
+                )
+            )
         save_perturbation(workspace.uap(name), replace(perturbation, meta=meta))
     partial.unlink(missing_ok=True)
 
 
-def _what_was_seen(found: Crafted) -> dict[str, object]:
+def _passes(settings: Settings) -> int:
+    """How often one perturbation sees every attack image."""
+    return settings.epochs * (1 if isinstance(settings, SpsaSettings) else settings.restarts)
+
+
+def _statistics(settings: Settings) -> bool:
+    return not isinstance(settings, SpsaSettings) and settings.batch_statistics
+
+
+def _what_was_seen(found: Crafted | Searched) -> dict[str, object]:
+    if isinstance(found, Searched):
+        return {"objective": list(found.objective), "forwards": found.forwards}
     return {
         "loss": list(found.loss),
         "saturated_fraction": found.saturated_fraction,

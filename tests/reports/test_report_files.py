@@ -14,6 +14,7 @@ import pytest
 from harness.records import HarnessError
 from harness.results import result_rows
 from reports import tables, tradeoff
+from reports.masking_table import DERIVED_COLUMNS
 from reports.report import write_report
 from reports.selection import build_view
 from tests.reports import synthetic
@@ -144,13 +145,20 @@ def own_uer(rows, source):
 
 
 def test_csv_and_json_give_the_rows_back(full):
-    rows = result_rows(full.store)
-    expected = [asdict(row) for row in rows]
-    assert json.loads(full.paths.json.read_text()) == expected
+    expected = [asdict(row) for row in result_rows(full.store)]
+    written = json.loads(full.paths.json.read_text())
+    assert [{k: row[k] for k in expected[0]} for row in written] == expected
+    assert {k for row in written for k in row} - set(expected[0]) == set(DERIVED_COLUMNS)
+    # One verdict a variant, on its white-box row at the reference budget; one crafting seed.
+    assert "Gradient masking, sign by sign" in full.html
+    judged = [row for row in written if row["masking"] is not None]
+    assert [row["variant"] for row in judged] == list(synthetic.PAPER_ORDER)
+    assert all(row["uap_source"] == row["variant"] and row["eps"] == 10.0 for row in judged)
+    assert all(row["seeds"] is None and row["uer_mean"] is None for row in written)
     with full.paths.csv.open(newline="", encoding="utf-8") as file:
         read = list(csv.DictReader(file))
     assert len(read) == len(expected)
-    for got, row in zip(read, expected, strict=True):
+    for got, row in zip(read, written, strict=True):
         for name, value in row.items():
             if value is None:
                 assert got[name] == ""
@@ -165,7 +173,7 @@ def test_the_same_store_gives_the_same_bytes(full, tmp_path):
     for first, second in zip(asdict(full.paths).values(), asdict(again).values(), strict=True):
         assert first.read_bytes() == second.read_bytes()
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
-        "index.html", "report.md", "results.csv", "results.json", "tables.tex",
+        "index.html", "masking.json", "report.md", "results.csv", "results.json", "tables.tex",
     ]  # fmt: skip
 
 

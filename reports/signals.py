@@ -1,0 +1,292 @@
+"""Signs of gradient masking, measured one by one, and the verdict they add up to.
+
+Enters: a `View`. Leaves: for every variant its signals with their numbers, and one of three words.
+Every comparison between perturbations is a paired test; all of them, over all variants, are one
+Holm family, so that at most one report in twenty calls anything masked by chance. Why the rules
+are as they are, and what they miss: docs/adr/0010.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+from harness import metrics
+from harness.bootstrap import Estimate
+from harness.records import CONTROLS, ResultRow
+from reports.inference import ALPHA, Difference, compare, holm, rate_of
+from reports.probes import Probed, probe_of
+from reports.view import VariantView, View
+
+MOSTLY = 0.5
+"""More samples than this without a gradient: nothing steers the attack."""
+MIN_AGREEMENT = 0.2
+"""Gradients whose promises agree less than this with the network are no guide."""
+MIN_GAIN_OVER_RANDOM = 3.0
+NEAR_CEILING = 0.95
+"""Share of the highest possible UER from which attacks can no longer be told apart."""
+
+State = Literal["raised", "clear", "unclear", "not measured"]
+Word = Literal["masked", "not masked", "undecided"]
+Kind = Literal[
+    "gradient_free", "transfer", "control", "no_gradient", "slope", "agreement", "random",
+    "monotone", "saturated",
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = (
+    "gradient_free", "transfer", "control", "no_gradient", "slope", "agreement", "random",
+    "monotone", "saturated",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One sign and its numbers. What `value` and `reference` are depends on `kind`."""
+
+    kind: Kind
+    state: State
+    value: float | None = None
+    reference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    other: str = ""
+    """Source or control it is about; for `monotone`, the two budgets."""
+    p: float | None = None
+    """Adjusted."""
+    family: int = 1
+    """How many tests it was adjusted over."""
+
+
+@dataclass(frozen=True)
+class MaskingVerdict:
+    """The word, and why."""
+
+    variant: VariantView
+    word: Word
+    signals: dict[Kind, Signal]
+    because: tuple[Kind, ...]
+    """The signals that decided; for `undecided`, those that stand in the way."""
+    near_ceiling: bool = False
+
+    def raised(self) -> list[Signal]:
+        return [signal for signal in self.signals.values() if signal.state == "raised"]
+
+
+@dataclass(frozen=True)
+class _Test:
+    signal: Kind
+    other: str
+    row: ResultRow
+    own: ResultRow
+    found: Difference
+
+
+@dataclass
+class _Tested:
+    """Tests of one variant with their adjusted p-values."""
+
+    tests: list[tuple[_Test, float]] = field(default_factory=list)
+    family: int = 0
+
+    def of(self, kind: Kind) -> list[tuple[_Test, float]]:
+        return [(test, p) for test, p in self.tests if test.signal == kind]
+
+
+def masking_verdicts(view: View) -> list[MaskingVerdict]:
+    """A verdict for every variant that was attacked with a perturbation crafted on itself."""
+    if "masking" not in view.memo:
+        view.memo["masking"] = _verdicts(view)
+    found: list[MaskingVerdict] = view.memo["masking"]
+    return found
+
+
+def _verdicts(view: View) -> list[MaskingVerdict]:
+    checked = [v for v in view.variants if v.white_box is not None and v.white_box.uer is not None]
+    tested = _comparisons(view, checked)
+    falls = _falls(view, checked)
+    return [_verdict(view, v, tested[v.name], falls[v.name]) for v in checked]
+
+
+def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
+    """Every other perturbation against the variant's own; one family over all variants."""
+    tests: list[tuple[str, _Test]] = []
+    for variant in variants:
+        own = variant.white_box
+        assert own is not None
+        others: list[tuple[Kind, str, ResultRow]] = [
+            ("transfer", row.uap_source or "", row) for row in variant.transfers
+        ]
+        others += [
+            ("control", name, variant.attacked[name])
+            for name in CONTROLS
+            if name in variant.attacked
+        ]
+        if variant.gradient_free is not None:
+            others.append(("gradient_free", variant.name, variant.gradient_free))
+        tests += [
+            (variant.name, _Test(kind, name, row, own, compare(view, row, own)))
+            for kind, name, row in others
+        ]
+    adjusted = holm([test.found.p for _, test in tests])
+    found = {variant.name: _Tested(family=len(tests)) for variant in variants}
+    for (name, test), p in zip(tests, adjusted, strict=True):
+        found[name].tests.append((test, p))
+    return found
+
+
+def _falls(view: View, variants: list[VariantView]) -> dict[str, Signal]:
+    """Whether white-box UER is shown to fall with a growing budget; one family over all pairs."""
+    pairs = [
+        (variant.name, low, high)
+        for variant in variants
+        for low, high in combinations(variant.curve, 2)
+    ]
+    adjusted = holm([compare(view, low, high).p for _, low, high in pairs])
+    found: dict[str, Signal] = {}
+    for variant in variants:
+        drops = [
+            (rate_of(low) - rate_of(high), low, high, p)
+            for (name, low, high), p in zip(pairs, adjusted, strict=True)
+            if name == variant.name and p < ALPHA and rate_of(high) < rate_of(low)
+        ]
+        if drops:
+            _, low, high, p = max(drops, key=lambda drop: drop[0])
+            between = f"{low.eps:g} to {high.eps:g}"
+            found[variant.name] = Signal(
+                "monotone", "raised", rate_of(high), rate_of(low), other=between, p=p,
+                family=len(pairs),
+            )  # fmt: skip
+        else:
+            state: State = "clear" if len(variant.curve) > 1 else "not measured"
+            found[variant.name] = Signal("monotone", state, family=len(pairs))
+    return found
+
+
+def _verdict(view: View, variant: VariantView, tested: _Tested, falls: Signal) -> MaskingVerdict:
+    own = variant.white_box
+    assert own is not None
+    probe = probe_of(view, variant)
+    signals: dict[Kind, Signal] = {
+        "gradient_free": _gradient_free(tested),
+        "transfer": _transfer(tested),
+        "control": _control(tested),
+        "no_gradient": _no_gradient(probe),
+        "slope": _guide("slope", probe.slope if probe else None, known=probe is not None),
+        "agreement": _guide("agreement", probe.agreement if probe else None, known=bool(probe)),
+        "random": _random(variant, own),
+        "monotone": falls,
+        "saturated": _saturated(view, own),
+    }
+    highest = 1 - 1 / max(2, len(view.evaluation.classes))
+    near = rate_of(own) >= NEAR_CEILING * highest
+    word, because = _judge(signals)
+    return MaskingVerdict(variant, word, signals, because, near_ceiling=near)
+
+
+def _judge(signals: dict[Kind, Signal]) -> tuple[Word, tuple[Kind, ...]]:
+    """The rules of docs/adr/0010, in order."""
+    raised = [kind for kind in KINDS if signals[kind].state == "raised"]
+    no_guide: tuple[Kind, ...] = ("no_gradient", "slope", "agreement")
+    bad_gradients = [kind for kind in no_guide if kind in raised]
+    beaten = [kind for kind in raised if kind in ("transfer", "control")]
+    if "gradient_free" in raised:
+        return "masked", ("gradient_free", *bad_gradients, *beaten)
+    if bad_gradients and beaten:
+        return "masked", (*bad_gradients, *beaten)
+    if "no_gradient" in raised and signals["control"].state == "unclear":
+        return "masked", ("no_gradient", "control")  # no gradient, and no better than a pattern
+    if raised:
+        return "undecided", tuple(raised)
+    open_questions = tuple(kind for kind in KINDS if signals[kind].state != "clear")
+    if open_questions:
+        return "undecided", open_questions
+    return "not masked", ("gradient_free",)
+
+
+# --- the signals ---------------------------------------------------------------------------------
+
+
+def _gradient_free(tested: _Tested) -> Signal:
+    """A search without gradients: clear only where it is shown to do worse."""
+    found = tested.of("gradient_free")
+    if not found:
+        return Signal("gradient_free", "not measured")
+    test, p = found[0]
+    state: State = "unclear"
+    if p < ALPHA:
+        state = "raised" if test.found.value > 0 else "clear"
+    return _of_test("gradient_free", state, test, p, tested.family)
+
+
+def _transfer(tested: _Tested) -> Signal:
+    """Another variant's perturbation that is shown to do more than its own."""
+    found = tested.of("transfer")
+    if not found:
+        return Signal("transfer", "not measured")
+    better = [(test, p) for test, p in found if p < ALPHA and test.found.value > 0]
+    test, p = max(better or found, key=lambda pair: pair[0].found.value)
+    return _of_test("transfer", "raised" if better else "clear", test, p, tested.family)
+
+
+def _control(tested: _Tested) -> Signal:
+    """Clear only where the own perturbation is shown to beat every pattern nobody optimised."""
+    found = tested.of("control")
+    if not found:
+        return Signal("control", "not measured")
+    test, p = max(found, key=lambda pair: pair[0].found.value)
+    state: State = "unclear"
+    if p < ALPHA:
+        state = "raised" if test.found.value > 0 else "clear"
+    return _of_test("control", state, test, p, tested.family)
+
+
+def _of_test(kind: Kind, state: State, test: _Test, p: float, family: int) -> Signal:
+    own, other = rate_of(test.own), rate_of(test.row)
+    return Signal(kind, state, other, own, other=test.other, p=p, family=family)
+
+
+def _no_gradient(probe: Probed | None) -> Signal:
+    """Samples that no gradient steers; the interval decides against half of them."""
+    if probe is None:
+        return Signal("no_gradient", "not measured")
+    low, high = metrics.wilson(probe.zero_gradient, probe.images)
+    state: State = "raised" if low > MOSTLY else "clear" if high < MOSTLY else "unclear"
+    share = probe.zero_gradient / probe.images
+    return Signal("no_gradient", state, share, low=low, high=high)
+
+
+def _guide(kind: Kind, estimate: Estimate | None, *, known: bool) -> Signal:
+    """Whether the network does what its gradient promises."""
+    if estimate is None:  # no gradient at all promises nothing
+        return Signal(kind, "raised" if known else "not measured", 0.0 if known else None)
+    low, high = estimate.low, estimate.high
+    state: State = "unclear"
+    if high < MIN_AGREEMENT or low > MIN_AGREEMENT:
+        state = "raised" if high < MIN_AGREEMENT else "clear"
+    return Signal(kind, state, estimate.value, low=low, high=high)
+
+
+def _random(variant: VariantView, own: ResultRow) -> Signal:
+    """Shown to do less than three times what random signs do, of the images it got right."""
+    random = variant.attacked.get("random")
+    if random is None or random.evasion_on_correct is None or own.evasion_on_correct is None:
+        return Signal("random", "not measured")
+    value, reference = own.evasion_on_correct, random.evasion_on_correct
+    correct = max(1, round(own.n * (own.clean_accuracy or 0.0)))
+    high = metrics.wilson(min(correct, round(value * correct)), correct)[1]
+    low = metrics.wilson(min(correct, round(reference * correct)), correct)[0]
+    weak = high < MIN_GAIN_OVER_RANDOM * low
+    return Signal("random", "raised" if weak else "clear", value, reference, other="random")
+
+
+def _saturated(view: View, own: ResultRow) -> Signal:
+    """More samples beyond the loss clamp, hence without a gradient, than misclassified images.
+
+    Where the attack has won, a saturated sample is simply one that is misclassified already.
+    """
+    uap = view.uaps.get(own.uap_sha256 or "")
+    value = metrics.fraction(uap.meta.get("saturated_fraction")) if uap else None
+    if value is None:
+        return Signal("saturated", "not measured")
+    weak = value > max(MOSTLY, own.uer_high if own.uer_high is not None else rate_of(own))
+    return Signal("saturated", "raised" if weak else "clear", value, rate_of(own))

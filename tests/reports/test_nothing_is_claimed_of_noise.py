@@ -1,0 +1,158 @@
+"""Stores in which nothing differs: whatever the report says of them must be a chance in twenty."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.records import PAPER_ORDER
+from harness.store import open_store
+from reports import advice, heat, panels
+from reports.selection import build_view
+from reports.signals import masking_verdicts
+from reports.verdicts import conclusions, headline
+from tests.reports import synthetic
+from tests.reports.synthetic import uap
+
+STORES, IMAGES = 200, 120
+NAMES = ("full", "sfp", "pp2", "q4")
+CLAIMS = re.compile(
+    r"shown to (err|do|survive|differ|be (less|more|lower|higher))(?! than three times)"
+    r"|errs? least|survives? better|lowers that|a difference of|would err on at most",
+    re.IGNORECASE,
+)
+DENIALS = re.compile(r"\b(no|not)\b[^.;,()]*\bshown\b[^.;,]*", re.IGNORECASE)
+"""`no compressed variant is shown to survive better`: says that nothing is claimed."""
+
+
+def claims(text: str) -> list[str]:
+    plain = text.replace("\u00a0", " ")
+    return [found.group() for found in CLAIMS.finditer(DENIALS.sub("", plain))]
+
+
+def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, crafting_seeds: int = 1):
+    """Every model errs at random on the same share of the images, whatever it is attacked with."""
+    rng = np.random.default_rng(seed)
+    store = open_store(path)
+    evaluation = synthetic.evaluation_set(labels=tuple(int(i) % 10 for i in range(IMAGES)))
+    store.add_evaluation_set(evaluation)
+    planter = synthetic.Planter(store, evaluation)
+    labels = np.asarray(evaluation.labels)
+    hardness = rng.normal(size=IMAGES)
+    perturbations = {
+        (source, eps, s): uap(source, eps, sha256=synthetic.sha("u", source, eps, s), seed=s)
+        for source in (*names, "random", "chessboard")
+        for eps in (8.0, 10.0)
+        for s in range(crafting_seeds if source in names else 1)
+    }
+    targeted = {(name, t): uap(name, 10.0, t) for name in names for t in range(2)}
+    for record in (*perturbations.values(), *targeted.values()):
+        store.add_uap(record)
+    runs = []
+    for name in names:
+        store.add_model(synthetic.model(name))
+
+        def errs(threshold: float) -> np.ndarray:
+            wrong = hardness + rng.normal(size=IMAGES) > threshold
+            return np.where(wrong, (labels + 1) % 10, labels)
+
+        runs.append(planter.run(name, None, errs(1.8)))
+        for (source, eps, _), record in perturbations.items():
+            if eps == 10.0 or source in (name, "random", "chessboard"):
+                runs.append(planter.run(name, record, errs(0.0)))
+        for (source, target), record in targeted.items():
+            if source == name:
+                hit = rng.random(IMAGES) < 0.3
+                runs.append(planter.run(name, record, np.where(hit, target, (labels + 1) % 10)))
+    store.add_prediction_runs(runs)
+    return store
+
+
+FAMILIES = {
+    "headline": lambda view: [headline(view)],
+    "against full": lambda view: sentences(view, "against-full"),
+    "masking": lambda view: (
+        [v.word for v in masking_verdicts(view) if v.word == "masked"] + sentences(view, "masking")
+    ),
+    "fleet": advice.fleet,
+    "advice": advice.by_constraint,
+    "curves": lambda view: [panels.curves(view).caption],
+    "transfer": lambda view: [heat.heat_map(view).caption],
+    "targeted": lambda view: [panels.bars(view).caption],
+}
+
+
+def sentences(view, anchor):
+    return [s.text for g in conclusions(view) if g.anchor == anchor for s in g.sentences]
+
+
+def false_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> dict[str, int]:
+    # Drawings are not what is tested; the words beside them are.
+    monkeypatch.setattr(panels.figures, "curve_panel", lambda *_a, **_k: "")
+    monkeypatch.setattr(panels.figures, "bars_panel", lambda *_a, **_k: "")
+    counts = dict.fromkeys(FAMILIES, 0)
+    for seed in range(STORES):
+        with null_store(tmp_path / f"{seed}.db", seed, **changes) as store:
+            view = build_view(store)
+        for family, texts in FAMILIES.items():
+            counts[family] += any(claims(text) for text in texts(view)) or "masked" in texts(view)
+    return counts
+
+
+LIMIT = int(STORES * (0.05 + 2 * np.sqrt(0.05 * 0.95 / STORES)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crafting_seeds", [1, 3])
+def test_at_most_one_null_store_in_twenty_has_a_claim_of_each_family(
+    tmp_path, monkeypatch, crafting_seeds
+):
+    counts = false_claims(tmp_path, monkeypatch, crafting_seeds=crafting_seeds)
+    assert all(count <= LIMIT for count in counts.values()), counts
+
+
+def test_a_few_null_stores_have_hardly_a_claim(tmp_path, monkeypatch):
+    """The quick part of the above: 8 families in 12 stores."""
+    monkeypatch.setattr(f"{__name__}.STORES", 12)
+    counts = false_claims(tmp_path, monkeypatch)
+    assert sum(counts.values()) <= 11, counts  # 96 chances of 5 %: P(more) < 1 %
+
+
+def test_the_words_of_a_claim_are_recognised(full, monkeypatch):
+    """Else a report that claims everything would pass: real differences are said in these words."""
+    view = build_view(full.store)
+    monkeypatch.setattr(panels.figures, "curve_panel", lambda *_a, **_k: "")
+    monkeypatch.setattr(panels.figures, "bars_panel", lambda *_a, **_k: "")
+    found = {name: sum(len(claims(t)) for t in texts(view)) for name, texts in FAMILIES.items()}
+    assert [name for name, count in found.items() if not count] == ["masking", "advice"]
+    assert claims("Q4 for 132 kB lowers that to 87.0 % (p < 0.001).") == ["lowers that"]
+    assert claims("No compressed variant is shown to survive better than Full: at 8 it errs") == []
+    assert claims("Between these no difference is shown.") == []
+
+
+def test_a_model_the_user_brought_changes_nothing_said_of_the_others(tmp_path):
+    with null_store(tmp_path / "r.db", 3, names=PAPER_ORDER) as store:
+        view = build_view(store)
+        before = {t.variant.name: t.p for t in inference_tests(view)}
+        labels = np.asarray(view.evaluation.labels)
+        planter = synthetic.Planter(store, view.evaluation)
+        for i in range(5):
+            mine = f"mine{i}"
+            store.add_model(
+                synthetic.model("full", sha256=synthetic.sha("model", mine), variant=mine,
+                                method="other")
+            )  # fmt: skip
+            met = [None, *(view.uaps[row.uap_sha256] for row in view.full.attacked.values())]
+            store.add_prediction_runs([planter.run(mine, record, labels) for record in met])
+        after = {t.variant.name: t.p for t in inference_tests(build_view(store))}
+    assert {name: after[name] for name in before} == before
+    assert max(after[f"mine{i}"] for i in range(5)) < 0.05  # they are tested, among themselves
+
+
+def inference_tests(view):
+    from reports.inference import against_full
+
+    return against_full(view, "clean") + against_full(view, "worst")
