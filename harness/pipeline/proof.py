@@ -32,8 +32,8 @@ from harness.pipeline.checkpoints import deployed_form, reference_form
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.exports import export_key
 from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.uap_files import valid_uap
 from harness.pipeline.uap_names import transfer_name
-from harness.pipeline.uaps import valid_uap
 from harness.records import HarnessError, UsageError, variant_named
 
 Images = npt.NDArray[np.uint8]

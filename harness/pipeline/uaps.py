@@ -23,13 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from harness.artefacts import cache_key
-from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import (
     Perturbation,
     chessboard,
     from_levels,
-    load_perturbation,
     random_sign,
     save_perturbation,
     to_levels,
@@ -49,26 +46,20 @@ from harness.pipeline.attack_settings import (
     Settings,
     craft_split,
     probed,
-    settings_key,
     settings_of,
 )
 from harness.pipeline.checkpoints import (
-    checkpoint_key,
     deployed_form,
     task_name,
-    valid_checkpoint,
 )
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
-from harness.pipeline.uap_names import GRADIENT_FREE, attack_of
-from harness.records import CONTROLS, UsageError, variant_named
+from harness.pipeline.uap_files import check_name, checkpoints_sha256, uap_key, valid_uap
+from harness.pipeline.uap_names import attack_of
+from harness.records import CONTROLS, variant_named
 from harness.sources import FLEET, is_ensemble, members
 from harness.workspace import UapName
 
-VERSION = 1
-PROBE_VERSION = 1
-MAX_SEED = 2**31
-"""As in harness.toml."""
 CRAFT_COST = {"full": 2.2, "sfp": 2.2, "pp": 2.2, "apot": 4.5}
 """Forward passes that one image of one step costs: forward and input gradient."""
 
@@ -80,7 +71,7 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
         UsageError: a source, target, attack, budget or seed that does not exist.
     """
     for name in names:
-        _check_name(context, name)
+        check_name(context, name)
     tasks: list[Task] = []
     passes: dict[tuple[str, str, bool], _Pass] = {}
     for name in names:
@@ -97,93 +88,6 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
     for craft_pass in passes.values():
         tasks += craft_pass.tasks()
     return tasks
-
-
-def uap_key(context: Context, name: UapName) -> str:
-    """Digest of everything the perturbation depends on."""
-    shape, config = context.image_shape, context.config
-    labels = [context.data.name, config.protocol]
-    if name.source in CONTROLS:
-        return cache_key("control", VERSION, name=name.stem, shape=shape, labels=labels)
-    paper = config.protocol == "paper"
-    # Written only where there is one: other perturbations stay valid.
-    more: dict[str, object] = {"probe": PROBE_VERSION} if probed(context, name) else {}
-    return cache_key(
-        "craft",
-        VERSION,
-        attack=attack_of(context, name),
-        eps=name.eps,
-        target=name.target,
-        seed=name.seed,
-        settings=settings_key(settings_of(context, name)),
-        labels=labels,
-        source=_source_key(context, name.source),
-        images=context.data.digests["evaluation" if paper else "attack"],
-        **more,
-    )
-
-
-def _source_key(context: Context, source: str) -> str | dict[str, str]:
-    keys = {name: checkpoint_key(context, variant_named(name)) for name in members(source)}
-    return keys if is_ensemble(source) else keys[source]
-
-
-def _checkpoints_sha256(context: Context, source: str) -> str:
-    """Digest of the checkpoint a source is crafted on; of an ensemble, of all of them."""
-    found = [context.sha256(context.workspace.checkpoint(name)) for name in members(source)]
-    if not is_ensemble(source):
-        return found[0]
-    return hashlib.sha256(" ".join(found).encode()).hexdigest()
-
-
-def valid_uap(context: Context, name: UapName) -> bool:
-    """Whether the perturbation on disk is what the configuration asks for.
-
-    Raises:
-        UsageError: there is a file, but it is damaged.
-    """
-    path = context.workspace.uap(name)
-    if not path.exists():
-        return False
-    perturbation = load_perturbation(path)
-    if perturbation.meta.get("key") != uap_key(context, name):
-        return False
-    if name.source in CONTROLS:
-        return True
-    variants = [variant_named(member) for member in members(name.source)]
-    if not all(valid_checkpoint(context, variant) for variant in variants):
-        return False
-    return perturbation.meta.get("checkpoint_sha256") == _checkpoints_sha256(context, name.source)
-
-
-def _check_name(context: Context, name: UapName) -> None:
-    if not MIN_EPS_255 <= name.eps <= MAX_EPS_255:
-        raise UsageError(
-            f"{name.stem}: eps {name.eps:g} must be from {MIN_EPS_255:g} to {MAX_EPS_255:g} "
-            "(1/255 units)"
-        )
-    if name.seed >= MAX_SEED:
-        raise UsageError(f"{name.stem}: seed {name.seed} must be below 2^31")
-    if name.source in CONTROLS:
-        if name.target is not None:
-            raise UsageError(f"{name.stem}: a control has no target class")
-        return
-    members(name.source)
-    if is_ensemble(name.source) and not context.config.craft.fleet_epochs:
-        raise UsageError(
-            f"{name.stem}: craft.fleet_epochs is 0 in harness.toml: set it to craft on the fleet"
-        )
-    if name.attack == context.config.attack:
-        plain = replace(name, attack="").stem
-        raise UsageError(f"{name.stem}: {name.attack} is this workspace's attack: name it {plain}")
-    if attack_of(context, name) not in ATTACKS:
-        known = ", ".join(ATTACKS)
-        raise UsageError(f"{name.stem}: unknown attack {name.attack!r}; this version has {known}")
-    if is_ensemble(name.source) and attack_of(context, name) == GRADIENT_FREE:
-        raise UsageError(f"{name.stem}: {GRADIENT_FREE} crafts on one variant, not on the fleet")
-    if name.target is not None and name.target >= len(context.data.classes):
-        n_classes = len(context.data.classes)
-        raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
 
 
 def _control_task(context: Context, name: UapName) -> Task:
@@ -260,7 +164,7 @@ def _craft(
     model = nn.ModuleList(networks)
     set_batch_statistics(model, False)
     model.requires_grad_(requires_grad=False).to(context.accelerator)
-    checkpoints = {name.source: _checkpoints_sha256(context, name.source) for name in names}
+    checkpoints = {name.source: checkpoints_sha256(context, name.source) for name in names}
     total, done = _passes(settings) * len(split) * len(names), 0
 
     def advance(images: int) -> None:

@@ -11,8 +11,9 @@ import torch
 from harness.config import Config, config_from_dict, preset_named
 from harness.pipeline.attack_settings import settings_of
 from harness.pipeline.context import Context
+from harness.pipeline.uap_files import uap_key
 from harness.pipeline.uap_names import attack_of, control_names, targeted_names, white_box_names
-from harness.pipeline.uaps import craft_tasks, uap_key
+from harness.pipeline.uaps import craft_tasks
 from harness.records import UsageError
 from harness.workspace import UapName, Workspace
 

@@ -27,7 +27,8 @@ from harness.models.integerise import integerise
 from harness.pipeline.attack_settings import settings_of
 from harness.pipeline.context import Context
 from harness.pipeline.experiment import all_uap_names, victim_uap_names
-from harness.pipeline.uaps import craft_tasks, uap_key
+from harness.pipeline.uap_files import uap_key
+from harness.pipeline.uaps import craft_tasks
 from harness.records import CONTROLS, PAPER_ORDER, UsageError
 from harness.sources import FLEET, is_source, leave_one_out, left_out, members, source_label
 from harness.workspace import UapName, Workspace, parse_uap_name
@@ -250,7 +251,7 @@ def test_what_an_experiment_attacks_each_victim_with(tmp_path: Path) -> None:
     assert "random_eps10" in names
     assert "random_eps10_s1" not in names  # nobody crafts a control
     everything = [name.stem for name in all_uap_names(ours, variants)]
-    assert len(everything) == len(set(everything)) == 2 * 6 + 2 * (10 * (6 + 1) + 2 * 11)
+    assert len(everything) == len(set(everything)) == 12 + 2 * (10 * (6 + 1) + 2 * 11) + 10
     assert everything.index("full_eps10_s1") < everything.index("full_eps10")
     off = context(tmp_path, craft_config(fleet_epochs=0))
     assert not any(name.source.startswith(FLEET) for name in all_uap_names(off, variants))

@@ -80,7 +80,7 @@ FAMILIES = {
     "fleet": advice.fleet,
     "advice": advice.by_constraint,
     "curves": lambda view: [panels.curves(view).caption],
-    "transfer": lambda view: [heat.heat_map(view).caption],
+    "transfer": lambda view: [m.caption for m in heat.heat_maps(view)],
     "targeted": lambda view: [panels.bars(view).caption],
 }
 

@@ -12,8 +12,9 @@ from harness import metrics
 from harness.records import PAPER_ORDER
 from harness.store import Store, open_store
 from reports.black_box import black_box_table, black_box_text, black_boxes
+from reports.choosing import fleet_mix
 from reports.heat import heat_maps
-from reports.inference import fleet_mix, holm
+from reports.inference import holm
 from reports.page import html_text
 from reports.pictures import gallery
 from reports.selection import build_view
