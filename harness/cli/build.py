@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.brought_options import BroughtOptions, brought_options
+from harness.cli.experiment import agreed_workspace, dataset_option
 from harness.cli.options import (
     accelerator_option,
     chosen_variants,
@@ -79,6 +81,8 @@ def train(
 @click.option(
     "--target", "targets", type=click.IntRange(min=0), multiple=True, help="Target class."
 )
+@brought_options
+@dataset_option
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -90,6 +94,8 @@ def craft(
     controls: tuple[str, ...],
     eps: tuple[float, ...],
     targets: tuple[int, ...],
+    brought: BroughtOptions,
+    dataset: str | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -100,14 +106,22 @@ def craft(
 
     Without --eps and --target: everything the configuration asks for of these variants.
 
+    With --factory: on a PyTorch classifier of your own, of any image size, one or three channels,
+    as cache/NAME_epsE.pt. It is attacked as it is, in eval mode, and warned of when it reads the
+    images otherwise than it was trained to. OMP_NUM_THREADS says how many cores may work.
+
     \b
     Examples:
       harness craft --model full --eps 10
       harness craft --model q4 --eps 10 --target 3
       harness craft --control chessboard --eps 10
+      harness craft --factory mypkg.net:make --checkpoint net.pt --dataset photos.npz --eps 8
     """
+    brought.check()
     sources = list(controls)
-    if models or all_models or not controls:
+    if brought and (models or all_models):
+        raise UsageError("--factory and --model or --all exclude each other: craft on one of them")
+    if models or all_models or not (controls or brought):
         sources += chosen_variants(models, all_models)
     if targets and controls:
         raise UsageError("--target does not go with --control: a control has no target class")
@@ -121,10 +135,18 @@ def craft(
 
         names = _uap_names(context, sources, eps, targets)
         trained = [name for name in sources if name not in CONTROLS]
-        paths = [context.workspace.uap(name) for name in names]
-        return train_tasks(context, trained) + craft_tasks(context, names), paths
+        wanted = train_tasks(context, trained) + craft_tasks(context, names)
+        if brought:
+            from harness.pipeline.brought import brought_tasks
 
-    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks)
+            model = brought.load(context)
+            own = _uap_names(context, [model.recipe.name], eps, targets)
+            names, wanted = names + own, wanted + brought_tasks(model, own)
+        return wanted, [context.workspace.uap(name) for name in names]
+
+    workspace = agreed_workspace(root, None, dataset, None)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    build_in(context, *tasks(context), dry_run=dry_run, as_json=as_json)
 
 
 def _uap_names(
@@ -156,16 +178,21 @@ def build_artefacts(
     make_tasks: Callable[[Context], tuple[list[Task], list[Path]]],
 ) -> None:
     """Run a command's tasks and print the files they leave."""
-    import json
-
     workspace = existing_or_new_workspace(root)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
-    tasks, paths = make_tasks(context)
+    build_in(context, *make_tasks(context), dry_run=dry_run, as_json=as_json)
+
+
+def build_in(
+    context: Context, tasks: list[Task], paths: list[Path], *, dry_run: bool, as_json: bool
+) -> None:
+    """Run tasks and print the files they leave, or only say what they would build."""
+    import json
+
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
-
-    with working_in(workspace):
+    with working_in(context.workspace):
         context.build(tasks)
     shown = [str(path) for path in paths]
     click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(shown))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from harness.artefacts import read_partial, write_partial
 from harness.crafting.perturbation import chessboard, to_levels
 from harness.data.dataset import Split
+from harness.models.brought import BroughtModel
 from harness.models.integer import IntegerResNet
 
 SAVE_INTERVAL_SECONDS = 5.0
@@ -39,6 +40,8 @@ IMAGES_AT_ONCE = {"cpu": 64, "cuda": 4096}
 """Perturbed images in one call of the network at most; a batch of one perturbation is not cut.
 On a CPU more do not fit its caches; fewer pay for every call (64: 2.2 times the images a second
 of 8 at width 8)."""
+PIXEL_VALUES = 3 * 32 * 32
+"""Of the images those numbers are for; of larger ones proportionally fewer run at once."""
 TINY = 1e-12
 
 
@@ -200,6 +203,7 @@ def _gradients(
     """(gradient [K, C, H, W] of each mean clamped loss, that loss [K], samples beyond beta [K])."""
     K, B = batch.shape
     limit = IMAGES_AT_ONCE.get(delta.device.type, IMAGES_AT_ONCE["cpu"])
+    limit = limit * PIXEL_VALUES // max(PIXEL_VALUES, delta[0].numel())
     at_once = 1 if rule.batch_statistics else max(1, limit // B)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, K, at_once):
@@ -318,7 +322,8 @@ def _mode(model: nn.Module, rule: Rule, device: torch.device) -> Iterator[None]:
             if device.type == "cuda":
                 # Whole numbers up to 2^24 are exact in float32 only: no bf16, no TF32 for them.
                 # And what reproduces the authors' runs has their arithmetic.
-                exact = isinstance(model, IntegerResNet) or rule.batch_statistics
+                # What a user brought may not bear bf16 (fake quantisation, operators of its own).
+                exact = isinstance(model, IntegerResNet | BroughtModel) or rule.batch_statistics
                 flags = torch.backends.cudnn.flags(
                     enabled=True, deterministic=True, allow_tf32=not exact
                 )

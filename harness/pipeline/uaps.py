@@ -10,22 +10,17 @@ the others find theirs made. Sources are crafted side by side, each on one threa
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from harness.artefacts import cache_key
-from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255, CraftConfig
-from harness.crafting.momentum import MomentumSettings, selection_images
+from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import (
-    Perturbation,
     chessboard,
     from_levels,
     load_perturbation,
@@ -33,8 +28,6 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.sgd import SgdSettings
-from harness.crafting.together import Crafted, Job, Request, craft_together, planned_steps
 from harness.data.dataset import Split
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.checkpoints import (
@@ -43,7 +36,8 @@ from harness.pipeline.checkpoints import (
     task_name,
     valid_checkpoint,
 )
-from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
+from harness.pipeline.context import Context
+from harness.pipeline.craft_pass import SETTINGS, Settings, craft_pass, new_perturbation
 from harness.pipeline.tasks import Progress, Task
 from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, UsageError, variant_named
@@ -76,8 +70,8 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
         if group not in passes:
             passes[group] = _Pass(context, settings)
         passes[group].names.append(name)
-    for craft_pass in passes.values():
-        tasks += craft_pass.tasks()
+    for one_pass in passes.values():
+        tasks += one_pass.tasks()
     return tasks
 
 
@@ -123,7 +117,12 @@ def valid_uap(context: Context, name: UapName) -> bool:
     return perturbation.meta.get("checkpoint_sha256") == checkpoint_sha256
 
 
-def _check_name(context: Context, name: UapName) -> None:
+def check_request(context: Context, name: UapName) -> None:
+    """Refuse a budget, a seed or a target class that there is not, of whatever source.
+
+    Raises:
+        UsageError: naming the perturbation and the limit.
+    """
     if not MIN_EPS_255 <= name.eps <= MAX_EPS_255:
         raise UsageError(
             f"{name.stem}: eps {name.eps:g} must be from {MIN_EPS_255:g} to {MAX_EPS_255:g} "
@@ -131,9 +130,16 @@ def _check_name(context: Context, name: UapName) -> None:
         )
     if name.seed >= MAX_SEED:
         raise UsageError(f"{name.stem}: seed {name.seed} must be below 2^31")
+    if name.target is not None and name.target >= len(context.data.classes):
+        n_classes = len(context.data.classes)
+        raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
+
+
+def _check_name(context: Context, name: UapName) -> None:
+    if name.source in CONTROLS and name.target is not None:
+        raise UsageError(f"{name.stem}: a control has no target class")
+    check_request(context, name)
     if name.source in CONTROLS:
-        if name.target is not None:
-            raise UsageError(f"{name.stem}: a control has no target class")
         return
     variant_named(name.source)
     if name.attack == context.config.attack:
@@ -142,9 +148,6 @@ def _check_name(context: Context, name: UapName) -> None:
     if attack_of(context, name) not in ATTACKS:
         known = ", ".join(ATTACKS)
         raise UsageError(f"{name.stem}: unknown attack {name.attack!r}; this version has {known}")
-    if name.target is not None and name.target >= len(context.data.classes):
-        n_classes = len(context.data.classes)
-        raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
 
 
 def _control_task(context: Context, name: UapName) -> Task:
@@ -163,7 +166,7 @@ class _Pass:
     """The perturbations of one source: whichever task runs first crafts all that are missing."""
 
     context: Context
-    settings: SgdSettings | MomentumSettings
+    settings: Settings
     names: list[UapName] = field(default_factory=list)
     _made: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -205,114 +208,41 @@ def _craft_split(context: Context) -> Split:
     return data.evaluation if context.config.protocol == "paper" else data.attack
 
 
-def settings_of(context: Context, name: UapName) -> SgdSettings | MomentumSettings:
+def settings_of(context: Context, name: UapName) -> Settings:
     """How a perturbation is crafted, of the configuration, the protocol and its name."""
     craft = context.config.craft
     paper = context.config.protocol == "paper"
     # The authors left batch norm in train mode for all quantised, SVHN and targeted runs.
     quantised = variant_named(name.source).method == "apot"
     in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
-    make = _SETTINGS[attack_of(context, name)]
+    make = SETTINGS[attack_of(context, name)]
     return make(craft, len(_craft_split(context)), paper, paper and in_train_mode)
-
-
-def _sgd_settings(craft: CraftConfig, _n: int, paper: bool, batch_statistics: bool) -> SgdSettings:
-    return SgdSettings(
-        epochs=craft.epochs,
-        batch_size=craft.batch_size,
-        step=craft.step,
-        beta=craft.beta,
-        shuffle=not paper,
-        batch_statistics=batch_statistics,
-    )
-
-
-def _momentum_settings(
-    craft: CraftConfig, n: int, paper: bool, batch_statistics: bool
-) -> MomentumSettings:
-    return MomentumSettings(
-        epochs=craft.epochs,
-        batch_size=craft.inner_batch,
-        step=craft.step,
-        beta=craft.beta,
-        momentum=craft.momentum,
-        shuffle=not paper,
-        batch_statistics=batch_statistics,
-        selection=selection_images(n),
-    )
-
-
-_SETTINGS: dict[str, Callable[[CraftConfig, int, bool, bool], SgdSettings | MomentumSettings]] = {
-    "sgd": _sgd_settings,
-    "momentum": _momentum_settings,
-}
-"""(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
 
 
 def _craft(
     context: Context,
     names: Sequence[UapName],
-    settings: SgdSettings | MomentumSettings,
+    settings: Settings,
     partial: Path,
     progress: Progress,
 ) -> None:
-    use_cpu_threads(TRAIN_THREADS)
-    workspace, source, split = context.workspace, names[0].source, _craft_split(context)
-    keys = [uap_key(context, name) for name in names]
-    checkpoint_sha256 = context.sha256(workspace.checkpoint(source))
-    paper = context.config.protocol == "paper"
-    trained = load_checkpoint(workspace.checkpoint(source)).build()
+    source = names[0].source
+    path = context.workspace.checkpoint(source)
+    trained = load_checkpoint(path).build()
     # The authors' protocol needs batch norm to be there; ours has it folded.
+    paper = context.config.protocol == "paper"
     model: nn.Module = trained if paper else deployed_form(trained)
-    steps = planned_steps(settings.rule, len(split))
-    total, done = settings.epochs * len(split) * len(names), 0
-
-    def advance(images: int) -> None:
-        nonlocal done
-        done += images
-        progress(min(done / total, 1.0), f"{len(names)} at once" if len(names) > 1 else "")
-
-    together = hashlib.sha256(" ".join(keys).encode()).hexdigest()
-    crafted = craft_together(
-        model.requires_grad_(requires_grad=False).to(context.accelerator),
-        split,
-        [
-            Job(
-                Request(name.eps, name.target),
-                seed=zlib.crc32(f"{name.seed}/{name.stem}".encode()) % 2**31,
-            )
-            for name in names
-        ],
-        settings.rule,
-        key=f"{together} on {checkpoint_sha256}",
+    craft_pass(
+        context,
+        model.requires_grad_(requires_grad=False),
+        names,
+        keys=[uap_key(context, name) for name in names],
+        identity=context.sha256(path),
+        settings=settings,
+        split=_craft_split(context),
         partial=partial,
-        device=context.accelerator,
-        progress=advance,
+        progress=progress,
     )
-    for name, key, found in zip(names, keys, crafted, strict=True):
-        # The deployed perturbation is whole levels; rounding now makes every later step exact.
-        levels = found.delta_255 if paper else to_levels(found.delta_255, eps=name.eps)
-        perturbation = _perturbation(context, name, key, from_levels(levels))
-        meta = {
-            **perturbation.meta,
-            "attack": attack_of(context, name),
-            "checkpoint_sha256": checkpoint_sha256,
-            "settings": asdict(settings),
-            "images": len(split),
-            "steps": steps,
-            **_what_was_seen(found),
-        }
-        save_perturbation(workspace.uap(name), replace(perturbation, meta=meta))
-    partial.unlink(missing_ok=True)
-
-
-def _what_was_seen(found: Crafted) -> dict[str, object]:
-    return {
-        "loss": list(found.loss),
-        "saturated_fraction": found.saturated_fraction,
-        "zero_gradient_fraction": found.zero_gradient_fraction,
-        "chosen": found.chosen,
-    }
 
 
 def _make_control(context: Context, name: UapName) -> None:
@@ -325,20 +255,5 @@ def _make_control(context: Context, name: UapName) -> None:
     key = uap_key(context, name)
     levels = to_levels(delta_255, eps=name.eps)
     save_perturbation(
-        context.workspace.uap(name), _perturbation(context, name, key, from_levels(levels))
-    )
-
-
-def _perturbation(
-    context: Context, name: UapName, key: str, delta: npt.NDArray[np.float32]
-) -> Perturbation:
-    return Perturbation(
-        delta=delta,
-        eps=name.eps,
-        source=name.source,
-        target=name.target,
-        dataset=context.data.name,
-        protocol=context.config.protocol,
-        seed=name.seed,
-        meta={"key": key, "attack": name.source},
+        context.workspace.uap(name), new_perturbation(context, name, key, from_levels(levels))
     )
