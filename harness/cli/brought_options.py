@@ -69,11 +69,11 @@ class BroughtOptions:
         Raises:
             UsageError: anything that keeps it from being attacked on the workspace's images.
         """
-        from harness.models.brought import Recipe, check_name, make_convention
+        from harness.models.brought import Recipe, check_name, make_convention, parse_factory
         from harness.pipeline.brought import Brought
 
         assert self.factory is not None
-        name = self.name or self.factory.partition(":")[2].rpartition(".")[2]
+        name = self.name or parse_factory(self.factory)[1].rpartition(".")[2]
         check_name(name, given=self.name is not None)
         convention = make_convention(
             int(self.input_range or 1),

@@ -79,8 +79,9 @@ class BroughtModel(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        # Crafting lays pixels out with channels last, which .view(N, -1) in their code refuses.
-        x = pixels.contiguous()
+        # Crafting lays pixels out with channels last, and .view(N, -1) in their code refuses what
+        # follows. A clone, not contiguous(): that keeps such strides where there is one channel.
+        x = pixels.clone(memory_format=torch.contiguous_format)
         if self.input_range == 1:
             x = x / 255
         if self.mean is not None:
@@ -145,18 +146,27 @@ def load_brought(recipe: Recipe) -> BroughtModel:
     return BroughtModel(network, recipe.convention)
 
 
+def parse_factory(factory: str) -> tuple[str, str]:
+    """(module, function) of `package.module:function`; the function may be of a class.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    module_name, _, attribute = factory.partition(":")
+    if not all(word.isidentifier() for word in (*module_name.split("."), *attribute.split("."))):
+        raise UsageError(
+            f"--factory {factory}: write PACKAGE.MODULE:FUNCTION, such as mymodels.net:make"
+        )
+    return module_name, attribute
+
+
 def make_network(factory: str) -> nn.Module:
     """What `package.module:function` returns when it is called without arguments.
 
     Raises:
         UsageError: not of that form, not importable, not callable, raises, returns no module.
     """
-    module_name, colon, attribute = factory.partition(":")
-    words = [*module_name.split("."), *attribute.split(".")]
-    if not colon or not all(word.isidentifier() for word in words):
-        raise UsageError(
-            f"--factory {factory}: write PACKAGE.MODULE:FUNCTION, such as mymodels.net:make"
-        )
+    module_name, attribute = parse_factory(factory)
     make: Any = _import(module_name)
     for part in attribute.split("."):
         if not hasattr(make, part):
@@ -253,17 +263,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
         UsageError: missing, damaged, holding code, or no weights in it.
     """
     try:
-        with warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"checkpoint {path} holds more than tensors and plain values; it was not executed. "
-            "Save the weights alone: torch.save(model.state_dict(), FILE)"
-        ) from None
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            except OSError as error:  # what it says of an archive that is cut off
+                raise EOFError(str(error)) from None
     except OSError as error:
         raise UsageError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a dozen kinds, on bytes that are no checkpoint
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise UsageError(
+                f"checkpoint {path} holds more than tensors and plain values; it was not executed. "
+                "Save the weights alone: torch.save(model.state_dict(), FILE)"
+            ) from None
         raise UsageError(
             f"checkpoint {path} is not a file of torch.save, or is damaged ({one_line(error)})"
         ) from None
