@@ -9,6 +9,7 @@ Calling the function runs the user's code. The checkpoint is read as data only.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -226,7 +227,11 @@ def theirs(doing: str, *, keep: type[Exception] | None = None) -> Iterator[None]
             raise
         if is_out_of_memory(error):
             raise HarnessError(f"{doing} ran out of memory: {MEMORY_HINT}") from None
-        raise UsageError(f"{doing} raised {one_line(error)}") from None
+        if os.environ.get("HARNESS_DEBUG"):
+            raise
+        raise UsageError(
+            f"{doing} raised {one_line(error)} (HARNESS_DEBUG=1 shows where)"
+        ) from None
 
 
 MEMORY_HINT = (

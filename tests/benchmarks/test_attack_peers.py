@@ -5,8 +5,8 @@
 Peers: the universal perturbations of the Adversarial Robustness Toolbox (extra `peers`), with its
 defaults and tuned in its favour, and a plain transcription of the loop the authors ran. The model
 is `full` of a finished workspace (HARNESS_WORKSPACE; with its data), or of a short training on the
-digits. Images, batches and epochs are those of its harness.toml. HARNESS_PEERS chooses rows, by a
-regular expression.
+digits. Images, batches and epochs are those of its harness.toml. HARNESS_PEERS chooses rows: a
+regular expression, such as "ours|FGSM.*TSR at 10".
 
 Everybody's perturbation is judged as a device receives it: whole pixel levels within the budget, on
 images no attack saw. Gradients are counted by a hook where they pass the logits, one an image and
@@ -317,7 +317,8 @@ def test_ours_and_peers(benchmark: BenchmarkFixture, lab: Lab) -> None:
     for eps, targeted in questions:
         contenders = CONTENDERS if targeted else CONTENDERS | UNTARGETED_ONLY
         for name, contender in contenders.items():
-            if not only.search(name):
+            label = f"{name}, {'TSR' if targeted else 'UER'} at {eps:g}"
+            if not only.search(label):
                 continue
             made, rates = [], []
             for seed, target in runs:
@@ -335,7 +336,7 @@ def test_ours_and_peers(benchmark: BenchmarkFixture, lab: Lab) -> None:
                 "forwards": int(np.median([m.forwards for m in made])),
             }
             what = "TSR" if targeted else "UER"
-            benchmark.extra_info[f"{name}, {what} at {eps:g}"] = row
+            benchmark.extra_info[label] = row
             sys.stderr.write(
                 f"| {name} | {eps:g} | {what} {' / '.join(f'{r:.1f}' for r in rates)} | "
                 f"{row['cpu_s']:.1f} | {row['gradients']:,} | {row['forwards']:,} |\n"

@@ -476,6 +476,16 @@ def test_the_authors_protocol_is_of_their_variants(run: Run, lab: Lab, tmp_path:
     assert_one_line_error(outcome, code=2, mentions=["protocol = 'clean'"])
 
 
+def test_attacking_takes_the_deployed_file(run: Run, lab: Lab, tmp_path: Path) -> None:
+    outcome = run(
+        *("attack-device", "--factory", "user_nets:gray", "--uap", "x.pt"),
+        *("--workspace", tmp_path / "w"),
+        cwd=lab.root,
+    )
+    assert_one_line_error(outcome, code=2, mentions=["--onnx", "export your model"])
+    assert not (tmp_path / "w").exists()
+
+
 def test_help_says_that_it_runs_code(run: Run, lab: Lab) -> None:
     done = succeeded(run("craft", "--help", cwd=lab.root))
     assert "This runs your code" in " ".join(done.out.split())
