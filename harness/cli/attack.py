@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Your own model: input `image` uint8 [N,C,H,W], output `logits`. May be repeated.",
 )
+@click.option("--factory", hidden=True)
 @click.option(
     "--budget",
     "budget_s",
@@ -97,6 +98,7 @@ def attack_device(
     models: tuple[str, ...],
     all_models: bool,
     onnx_files: tuple[Path, ...],
+    factory: str | None,
     budget_s: float | None,
     until_ci: float | None,
     latency: LatencyMode | None,
@@ -130,6 +132,11 @@ def attack_device(
 
     if until_ci is not None and math.isnan(until_ci):  # no range holds or refuses it
         raise UsageError("--until-ci nan is no number of points: write one up to 50, such as 1.0")
+    if factory is not None:
+        raise UsageError(
+            f"--factory {factory}: the deployed file is what is attacked: export your model "
+            "(input `image` uint8 [N, C, H, W], output `logits`) and give the file with --onnx"
+        )
     if not uaps and not transfer_eps:
         raise UsageError(
             "name a perturbation with --uap FILE, or take a matrix with --transfer EPS"

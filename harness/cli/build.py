@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.brought_options import BroughtOptions, brought_options
+from harness.cli.experiment import agreed_workspace, dataset_option
 from harness.cli.options import (
     accelerator_option,
     chosen_sources,
@@ -96,6 +98,8 @@ def train(
     help="How: momentum, the paper's sgd, or spsa, which uses no gradients.  [default: the "
     "workspace's, from harness.toml]",
 )
+@brought_options
+@dataset_option
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -109,6 +113,8 @@ def craft(
     targets: tuple[int, ...],
     seeds: int | None,
     attack: str | None,
+    brought: BroughtOptions,
+    dataset: str | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -122,6 +128,9 @@ def craft(
     `--model fleet` is one perturbation crafted on all ten variants at once; `fleet_without_q4`
     one crafted on all but q4, for an attack on q4 by who has the rest of the fleet (leave-one-out
     black box).
+    With --factory: on a PyTorch classifier of your own, of any image size, one or three channels,
+    as cache/NAME_epsE.pt. It is attacked as it is, in eval mode, and warned of when it reads the
+    images otherwise than it was trained to. OMP_NUM_THREADS says how many cores may work.
 
     \b
     Examples:
@@ -131,9 +140,15 @@ def craft(
       harness craft --model fleet --model fleet_without_q4 --eps 10
       harness craft --model q4 --eps 10 --attack spsa
       harness craft --control chessboard --eps 10
+      harness craft --factory mypkg.net:make --checkpoint net.pt --dataset photos.npz --eps 8
     """
+    brought.check()
     sources = list(controls)
-    if models or all_models or not controls:
+    if brought and (models or all_models):
+        raise UsageError("--factory and --model or --all exclude each other: craft on one of them")
+    if brought and seeds is not None:
+        raise UsageError("--seeds does not go with --factory: change seed in harness.toml instead")
+    if models or all_models or not (controls or brought):
         sources += chosen_sources(models, all_models)
     if targets and controls:
         raise UsageError("--target does not go with --control: a control has no target class")
@@ -150,10 +165,18 @@ def craft(
         context = _with_seeds(context, seeds)
         names = _uap_names(context, sources, eps, targets, attack)
         trained = [name for source in sources for name in members(source)]
-        paths = [context.workspace.uap(name) for name in names]
-        return train_tasks(context, trained) + craft_tasks(context, names), paths
+        wanted = train_tasks(context, trained) + craft_tasks(context, names)
+        if brought:
+            from harness.pipeline.brought import brought_tasks
 
-    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks)
+            model = brought.load(context)
+            own = _uap_names(context, [model.recipe.name], eps, targets, attack)
+            names, wanted = names + own, wanted + brought_tasks(model, own)
+        return wanted, [context.workspace.uap(name) for name in names]
+
+    workspace = agreed_workspace(root, None, dataset, None)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    build_in(context, *tasks(context), dry_run=dry_run, as_json=as_json)
 
 
 def _uap_names(
@@ -216,16 +239,21 @@ def build_artefacts(
     make_tasks: Callable[[Context], tuple[list[Task], list[Path]]],
 ) -> None:
     """Run a command's tasks and print the files they leave."""
-    import json
-
     workspace = existing_or_new_workspace(root)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
-    tasks, paths = make_tasks(context)
+    build_in(context, *make_tasks(context), dry_run=dry_run, as_json=as_json)
+
+
+def build_in(
+    context: Context, tasks: list[Task], paths: list[Path], *, dry_run: bool, as_json: bool
+) -> None:
+    """Run tasks and print the files they leave, or only say what they would build."""
+    import json
+
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
-
-    with working_in(workspace):
+    with working_in(context.workspace):
         context.build(tasks)
     shown = [str(path) for path in paths]
     click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(shown))

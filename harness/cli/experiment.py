@@ -94,7 +94,7 @@ def run(
     from reports.report import write_report
 
     device = device_named(device_name)
-    workspace = _workspace(root, preset, dataset, seed)
+    workspace = agreed_workspace(root, preset, dataset, seed)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     tasks = experiment_tasks(context, list(PAPER_ORDER), device)
     if dry_run:
@@ -144,7 +144,7 @@ def plan(
     from harness.pipeline.experiment import experiment_tasks
 
     device = device_named(device_name)
-    workspace = _workspace(root, preset, dataset, seed)
+    workspace = agreed_workspace(root, preset, dataset, seed)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     print_plan(context, experiment_tasks(context, list(PAPER_ORDER), device), as_json=as_json)
 
@@ -161,7 +161,9 @@ def _configuration(preset: str | None, dataset: str | None, seed: int | None) ->
     return config if seed is None else replace(config, seed=seed)
 
 
-def _workspace(root: Path, preset: str | None, dataset: str | None, seed: int | None) -> Workspace:
+def agreed_workspace(
+    root: Path, preset: str | None, dataset: str | None, seed: int | None
+) -> Workspace:
     """The workspace, a new one not written yet; flags must agree with one that is there.
 
     Raises:

@@ -37,6 +37,7 @@ from harness.artefacts import read_partial, write_partial
 from harness.crafting.seen import Seen
 from harness.crafting.selection import LAST, Chosen, select, selection_cost
 from harness.data.dataset import Split
+from harness.models.brought import BroughtModel
 from harness.models.integer import IntegerResNet
 
 SAVE_INTERVAL_SECONDS = 5.0
@@ -44,6 +45,8 @@ IMAGES_AT_ONCE = {"cpu": 64, "cuda": 4096}
 """Perturbed images in one call of the network at most; a batch of one perturbation is not cut.
 On a CPU more do not fit its caches; fewer pay for every call (64: 2.2 times the images a second
 of 8 at width 8)."""
+PIXEL_VALUES = 3 * 32 * 32
+"""Of the images those numbers are for; of larger ones proportionally fewer run at once."""
 TINY = 1e-12
 
 
@@ -264,6 +267,7 @@ def _gradients(
     """(gradient [K, C, H, W] of each mean clamped loss, that loss [K], samples beyond beta [K])."""
     K, B = batch.shape
     limit = IMAGES_AT_ONCE.get(delta.device.type, IMAGES_AT_ONCE["cpu"])
+    limit = limit * PIXEL_VALUES // max(PIXEL_VALUES, delta[0].numel())
     at_once = 1 if rule.batch_statistics else max(1, limit // B)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, K, at_once):
@@ -314,7 +318,8 @@ def _logits(network: nn.Module, pixels: Tensor, *, rule: Rule) -> Tensor:
 def _exact(network: nn.Module, rule: Rule) -> bool:
     # Whole numbers up to 2^24 are exact in float32 only: no bf16, no TF32 for them.
     # And what reproduces the authors' runs has their arithmetic.
-    return isinstance(network, IntegerResNet) or rule.batch_statistics
+    # What a user brought may not bear bf16 (fake quantisation, operators of its own).
+    return isinstance(network, IntegerResNet | BroughtModel) or rule.batch_statistics
 
 
 @contextlib.contextmanager

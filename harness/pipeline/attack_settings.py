@@ -1,7 +1,7 @@
 """Which attack crafts a perturbation, with what settings, on which images.
 
 Enters: the configuration and a perturbation's name. Leaves: frozen settings of one of the attacks
-of `harness.crafting`. Adding an attack is an entry in `_MAKERS` and a name in `ATTACKS`.
+of `harness.crafting`. Adding an attack is an entry in `MAKERS` and a name in `ATTACKS`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def settings_of(context: Context, name: UapName) -> Settings:
     train_mode = paper and in_train_mode and not is_ensemble(name.source)
     if is_ensemble(name.source):
         craft = replace(craft, epochs=craft.fleet_epochs)
-    make = _MAKERS[attack_of(context, name)]
+    make = MAKERS[attack_of(context, name)]
     return make(craft, len(craft_split(context)), paper, train_mode)
 
 
@@ -90,7 +90,7 @@ def _spsa_settings(craft: CraftConfig, _n: int, _paper: bool, _statistics: bool)
     return SpsaSettings(epochs=craft.epochs, pairs=2 * craft.inner_batch)
 
 
-_MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
+MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
     "sgd": _sgd_settings,
     "momentum": _momentum_settings,
     "spsa": _spsa_settings,

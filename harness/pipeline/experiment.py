@@ -200,7 +200,8 @@ def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
         return None, in_workspace
     raise UsageError(
         f"no UAP file {text}, here or in {context.workspace.root}: a missing file is crafted when "
-        "it is called like cache/full_eps10.pt or cache/q4_eps10_t3.pt"
+        "it is called like cache/full_eps10.pt or cache/q4_eps10_t3.pt; on a model of your own, "
+        "harness craft --factory makes it"
     )
 
 

@@ -83,11 +83,11 @@ def valid_uap(context: Context, name: UapName) -> bool:
     return perturbation.meta.get("checkpoint_sha256") == checkpoints_sha256(context, name.source)
 
 
-def check_name(context: Context, name: UapName) -> None:
-    """Refuse what cannot be crafted.
+def check_request(context: Context, name: UapName) -> None:
+    """Refuse a budget, a seed or a target class that there is not, of whatever source.
 
     Raises:
-        UsageError: a source, target, attack, budget or seed that does not exist.
+        UsageError: naming the perturbation and the limit.
     """
     if not MIN_EPS_255 <= name.eps <= MAX_EPS_255:
         raise UsageError(
@@ -96,9 +96,21 @@ def check_name(context: Context, name: UapName) -> None:
         )
     if name.seed >= MAX_SEED:
         raise UsageError(f"{name.stem}: seed {name.seed} must be below 2^31")
+    if name.target is not None and name.target >= len(context.data.classes):
+        n_classes = len(context.data.classes)
+        raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
+
+
+def check_name(context: Context, name: UapName) -> None:
+    """Refuse what cannot be crafted.
+
+    Raises:
+        UsageError: a source, target, attack, budget or seed that does not exist.
+    """
+    if name.source in CONTROLS and name.target is not None:
+        raise UsageError(f"{name.stem}: a control has no target class")
+    check_request(context, name)
     if name.source in CONTROLS:
-        if name.target is not None:
-            raise UsageError(f"{name.stem}: a control has no target class")
         return
     members(name.source)
     if is_ensemble(name.source) and not context.config.craft.fleet_epochs:
@@ -113,6 +125,3 @@ def check_name(context: Context, name: UapName) -> None:
         raise UsageError(f"{name.stem}: unknown attack {name.attack!r}; this version has {known}")
     if is_ensemble(name.source) and attack_of(context, name) == GRADIENT_FREE:
         raise UsageError(f"{name.stem}: {GRADIENT_FREE} crafts on one variant, not on the fleet")
-    if name.target is not None and name.target >= len(context.data.classes):
-        n_classes = len(context.data.classes)
-        raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")

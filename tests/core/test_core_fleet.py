@@ -345,7 +345,9 @@ def test_one_start_has_the_key_it_had_before_there_were_restarts(tmp_path: Path)
         assert uap_key(plain, name) != uap_key(again, name)
     with pytest.MonkeyPatch.context() as patch:
         keyed: list[dict[str, Any]] = []
-        patch.setattr("harness.pipeline.uap_files.cache_key", lambda *_a, **k: keyed.append(k) or "k")
+        patch.setattr(
+            "harness.pipeline.uap_files.cache_key", lambda *_a, **k: keyed.append(k) or "k"
+        )
         uap_key(plain, UapName("full", 10.0))
         uap_key(plain, UapName("full", 10.0, attack="sgd"))
     fields = {"epochs", "batch_size", "step", "beta", "shuffle", "batch_statistics"}

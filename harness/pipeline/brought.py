@@ -1,0 +1,156 @@
+"""Stage `craft` for a model that the user brings: their function and checkpoint -> perturbations.
+
+Enters: a `Recipe` and the data. Leaves: `cache/<name>_eps<E>[_t<T>].pt`, as for a variant. The
+model is attacked as it is: nothing is folded, weights are frozen, batch norm is in eval mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.artefacts import cache_key
+from harness.crafting.perturbation import load_perturbation
+from harness.models.brought import BroughtModel, Recipe, load_brought, theirs
+from harness.models.brought_checks import Reading, check_attackable, read_accuracy
+from harness.pipeline.attack_settings import MAKERS, Settings, settings_key
+from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
+from harness.pipeline.craft_pass import craft_pass, passes
+from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.uap_files import check_request
+from harness.pipeline.uap_names import attack_of
+from harness.records import UsageError
+from harness.workspace import UapName
+
+VERSION = 1
+COST = 2.2
+"""Forward passes that one image of one step costs: forward and input gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """A user's model, loaded and checked against the workspace's images."""
+
+    context: Context
+    recipe: Recipe
+
+    @cached_property
+    def model(self) -> BroughtModel:
+        """The model, on the CPU.
+
+        Raises:
+            UsageError: it cannot be made, or does not fit the images.
+        """
+        use_cpu_threads(CPU_THREADS)
+        return load_brought(self.recipe)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of what the model computes; raises as `check_attackable` does."""
+        data = self.context.data
+        self.model.cpu()
+        return check_attackable(
+            self.model,
+            data.evaluation.images,
+            classes=len(data.classes),
+            what=f"--factory {self.recipe.factory}",
+        )
+
+    @cached_property
+    def reading(self) -> Reading:
+        """Clean accuracy, and the warning it gives rise to."""
+        data, device = self.context.data, self.context.accelerator
+        with theirs(f"--factory {self.recipe.factory}: its model on evaluation images"):
+            return read_accuracy(
+                self.model.to(device),
+                self.recipe.convention,
+                data.evaluation,
+                classes=len(data.classes),
+                own_statistics=(
+                    tuple(v / 255 for v in data.mean_255),
+                    tuple(v / 255 for v in data.std_255),
+                ),
+                device=device,
+            )
+
+
+def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
+    """Craft the named perturbations of the model, in one pass.
+
+    Raises:
+        UsageError: the model, a budget, a target or the protocol is not what can be attacked.
+    """
+    context = brought.context
+    if context.config.protocol == "paper":
+        raise UsageError(
+            "protocol paper reproduces the authors' runs of their own variants: craft on a model "
+            "you bring under protocol = 'clean' (harness.toml)"
+        )
+    for name in names:
+        check_request(context, name)
+    settings = _settings(brought, names[0])
+    _ = brought.identity  # what cannot be attacked is refused before anything is built
+
+    def missing() -> list[UapName]:
+        return [name for name in names if not _is_valid(brought, name)]
+
+    def run(progress: Progress) -> None:
+        lacking, recipe = missing(), brought.recipe
+        with theirs(f"--factory {recipe.factory}: crafting on its model"):
+            craft_pass(
+                context,
+                [brought.model],
+                lacking,
+                members=[(0,)] * len(lacking),
+                keys=[_key(brought, name) for name in lacking],
+                identities=[brought.identity] * len(lacking),
+                settings=settings,
+                split=context.data.attack,
+                probe=[False] * len(lacking),
+                partial=context.workspace.partial(f"craft_{lacking[0].stem}"),
+                progress=progress,
+                meta={
+                    "factory": recipe.factory,
+                    "convention": recipe.convention.options(),
+                    "clean_accuracy": brought.reading.accuracy,
+                },
+            )
+
+    count = f" ({len(names)} perturbations)" if len(names) > 1 else ""
+    return [
+        Task(
+            stage="craft",
+            name=f"craft {names[0].stem if len(names) == 1 else brought.recipe.name}{count}",
+            work=COST * passes(settings) * len(context.data.attack) * max(1, len(missing())),
+            is_done=lambda: not missing(),
+            run=run,
+        )
+    ]
+
+
+def _is_valid(brought: Brought, name: UapName) -> bool:
+    path = brought.context.workspace.uap(name)
+    return path.exists() and load_perturbation(path).meta.get("key") == _key(brought, name)
+
+
+def _key(brought: Brought, name: UapName) -> str:
+    """Digest of everything the perturbation depends on."""
+    context = brought.context
+    return cache_key(
+        "craft_brought",
+        VERSION,
+        attack=attack_of(context, name),
+        eps=name.eps,
+        target=name.target,
+        seed=name.seed,
+        settings=settings_key(_settings(brought, name)),
+        labels=[context.data.name, context.config.protocol],
+        source=[name.source, brought.identity],
+        images=context.data.digests["attack"],
+    )
+
+
+def _settings(brought: Brought, name: UapName) -> Settings:
+    context = brought.context
+    make = MAKERS[attack_of(context, name)]
+    return make(context.config.craft, len(context.data.attack), False, False)
