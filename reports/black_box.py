@@ -126,6 +126,8 @@ def black_box_text(view: View, eps: float) -> str:
             f" On {listed(stronger)} it is shown to beat the white-box perturbation, which was"
             " therefore too weak."
         )
+    if eps != view.reference_eps:
+        return text  # said once
     text += (
         " Paired exact McNemar, Holm-adjusted over the victims of a column. The best single source"
         " is picked on these same images, which favours it."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
-from cli_cases import Outcome, artefacts, environment, harness, snapshot, succeeded
+from cli_cases import Outcome, artefacts, edit, environment, harness, snapshot, succeeded
 
 from harness.cli.main import cli
 from harness.records import PAPER_ORDER
@@ -249,6 +249,22 @@ def test_plan_of_a_finished_workspace(run: Run, workspace: Path) -> None:
     assert all(task["cached"] and task["estimated_seconds"] is None for task in tasks)
     assert "nothing" in succeeded(run("plan", cwd=workspace)).out
     assert artefacts(workspace) == before
+
+
+def test_plan_of_more_seeds_and_budgets(run: Run, empty: Path) -> None:
+    def craft_tasks() -> dict[str, float]:
+        tasks = json.loads(succeeded(run("plan", "--json", cwd=empty)).out)
+        return {t["task"]: t["estimated_seconds"] for t in tasks if t["stage"] == "craft"}
+
+    plain = craft_tasks()
+    edit(empty, "eps = [4, 10]", 'eps = [4, 10]\ntransfer_eps = "all"\nseeds = 3')
+    more = craft_tasks()
+    assert len(plain) == 4 + 10 * (2 + 2) + 11
+    assert len(more) == 4 + 3 * (10 * (2 + 2) + 11 * 2)
+    assert {"craft fleet_eps4_s2", "craft fleet_without_pp2_eps10_s1"} <= more.keys()
+    # The whole fleet's 66 at six epochs, of models that cost more or less; full's 12 at two.
+    ratio = more["craft fleet_eps4_s2"] / more["craft full_eps4_s2"]
+    assert 66 * 6 / (12 * 2) < ratio < 2 * 66 * 6 / (12 * 2)
 
 
 @pytest.mark.parametrize(
