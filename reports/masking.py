@@ -112,9 +112,7 @@ def _open(verdict: MaskingVerdict) -> str:
         if missing:
             text += f" Not measured: {listed([CHECKS[kind] for kind in missing])}."
     if verdict.near_ceiling:
-        text += (
-            " Its white-box UER is near the highest possible, so little can be hidden behind it."
-        )
+        text += " The white-box UER is near the highest possible: little can be hidden behind it."
     return text.strip()
 
 

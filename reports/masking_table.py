@@ -13,7 +13,8 @@ from harness.records import ResultRow
 from harness.results import as_json
 from harness.seeds import key_of
 from harness.store import Store
-from reports.masking import number, shown
+from reports.inference import ALPHA
+from reports.masking import number
 from reports.method import TextTable
 from reports.signals import MaskingVerdict, Signal, masking_verdicts
 from reports.view import View
@@ -56,7 +57,8 @@ def _compared(signal: Signal) -> tuple[str, str]:
     if signal.value is None or signal.p is None:
         return DASH, DASH
     named = f" ({label_of(signal.other)})" if signal.kind != "gradient_free" else ""
-    return percent(signal.value) + named, shown(signal.p) + p_value(signal.p)
+    test = p_value(signal.p) + ("" if signal.p < ALPHA else ", not shown")
+    return percent(signal.value) + named, test
 
 
 def _within(signal: Signal, text: str) -> str:

@@ -106,6 +106,7 @@ LIMIT = int(STORES * (0.05 + 2 * np.sqrt(0.05 * 0.95 / STORES)))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("crafting_seeds", [1, 3])
 def test_at_most_one_null_store_in_twenty_has_a_claim_of_each_family(
     tmp_path, monkeypatch, crafting_seeds

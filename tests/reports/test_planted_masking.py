@@ -115,7 +115,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judged]:
 
 def test_a_mask_does_not_change_what_is_predicted(judged: Judged) -> None:
     clean = {v.name: v.clean.clean_accuracy for v in judged.view.variants if v.clean}
-    assert min(clean[name] or 0 for name in PLAIN) > 0.85
+    assert min(clean[name] or 0 for name in PLAIN) > 0.8
     for name in PLANTED:
         assert clean[name] == pytest.approx(clean["full"], abs=0.05)
 
