@@ -6,15 +6,13 @@ For every step t of T, and for each of K perturbations with its own batch X of t
     v     <- momentum * v + g / mean |g|          (no momentum: v = g)
     delta <- clip(delta + (step * eps) * decay(t) * sign(v), -eps, eps)
 
-Targeted: y is the target class and the loss is descended. The K perturbed copies of a batch lie
-along the batch axis, so the network runs once for many of them. No perturbation sees another:
-each is what it would be if crafted alone (bit for bit on one CPU thread).
+Targeted: y is the target class, the loss is descended. The K perturbed copies of a batch lie along
+the batch axis; each is what it would be if crafted alone (bit for bit on one CPU thread).
 
 A perturbation of several networks takes each step's gradient on one of them, in turn, in an order
-drawn anew for every round of all; the division by its mean size keeps one from dominating.
+drawn anew every round; the division by its mean size keeps one from dominating.
 
-Enters: frozen deployed models, uint8 images. Leaves: one perturbation per request. Units are
-pixel levels, 0..255, so eps 10 is 10.
+Enters: frozen deployed models, uint8 images. Leaves: one perturbation per request, in pixel levels.
 """
 
 from __future__ import annotations

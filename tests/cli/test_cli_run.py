@@ -88,22 +88,15 @@ def test_the_report_is_six_files_and_the_page_stands_alone(tiny: Tiny) -> None:
     page = (tiny.root / "report" / "index.html").read_text()
     for label in ("SFP+M", "PP3", "Q2"):
         assert label in page
-<<<<<<< HEAD
-    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 400
-=======
-    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 380
->>>>>>> verdict
+    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 420
 
 
 def test_the_cache_holds_what_the_experiment_implies(tiny: Tiny) -> None:
     expected = {f"{v}{end}" for v in PAPER_ORDER for end in (".pt", ".onnx", ".json")}
     expected |= {f"{s}_eps{e}.pt" for s in (*PAPER_ORDER, *CONTROLS) for e in EPS}
     expected |= {f"{v}_eps10_t{t}.pt" for v in PAPER_ORDER for t in TARGETS}
-<<<<<<< HEAD
     expected |= {"fleet_eps10.pt", *(f"fleet_without_{v}_eps10.pt" for v in PAPER_ORDER)}
-=======
     expected |= {f"{v}_eps10_spsa.pt" for v in PAPER_ORDER}
->>>>>>> verdict
     assert set(artefacts(tiny.root)) == expected
     assert not list((tiny.root / "cache" / ".partial").glob("*"))  # and nothing unfinished
 
@@ -133,14 +126,8 @@ def test_rows_are_exactly_the_experiment(rows: list[Row]) -> None:
         attacks += [(source, e, None) for source in (*CONTROLS, victim) for e in EPS]
         attacks += [(source, 10, None) for source in PAPER_ORDER if source != victim]
         attacks += [(victim, 10, t) for t in TARGETS]
-<<<<<<< HEAD
         attacks += [(source, 10, None) for source in ("fleet", f"fleet_without_{victim}")]
         assert len(attacks) == 1 + 4 + 2 + 9 + 2 + 2
-        expected |= {(victim, rt, *a) for a in attacks for rt in ("onnxruntime", "torch")}
-    found = [(r["variant"], r["runtime"], r["uap_source"], r["eps"], r["target"]) for r in rows]
-    assert len(found) == len(set(found)) == 400
-=======
-        assert len(attacks) == 1 + 4 + 2 + 9 + 2
         both = ("onnxruntime", "torch")
         expected |= {(victim, rt, *a, False) for a in attacks for rt in both}
         expected |= {(victim, rt, victim, 10, None, True) for rt in both}  # without gradients
@@ -148,8 +135,7 @@ def test_rows_are_exactly_the_experiment(rows: list[Row]) -> None:
         (r["variant"], r["runtime"], r["uap_source"], r["eps"], r["target"], r["attack"] == "spsa")
         for r in rows
     ]
-    assert len(found) == len(set(found)) == 380
->>>>>>> verdict
+    assert len(found) == len(set(found)) == 420
     assert set(found) == expected
 
 
@@ -225,19 +211,12 @@ def test_compressed_files_cost_less(rows: list[Row]) -> None:
 def test_results_can_be_narrowed(run: Callable[..., Outcome], tiny: Tiny) -> None:
     chosen = run("results", "--json", "--model", "q4", "--runtime", "torch", cwd=tiny.root)
     narrowed = json.loads(succeeded(chosen).out)
-<<<<<<< HEAD
-    assert len(narrowed) == 20
-    assert {(r["variant"], r["runtime"]) for r in narrowed} == {("q4", "torch")}
-    for_people = succeeded(run("results", "--model", "q4", cwd=tiny.root))
-    assert len(for_people.out.splitlines()) == 1 + 40
-=======
-    assert len(narrowed) == 19
+    assert len(narrowed) == 21
     assert {(r["variant"], r["runtime"]) for r in narrowed} == {("q4", "torch")}
     for_people = succeeded(run("results", "--model", "q4", cwd=tiny.root))
     listed, _, below = for_people.out.partition("\ngradient masking\n")
-    assert len(listed.splitlines()) == 1 + 38
+    assert len(listed.splitlines()) == 1 + 42
     assert [line.split()[:2] for line in below.splitlines()] == [["model", "eps"], ["Q4", "10"]]
->>>>>>> verdict
     assert for_people.err == ""
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from harness.config import preset_named
 from harness.crafting.perturbation import load_perturbation, uap_record
 from harness.inference import predict
-from harness.pipeline import uaps
+from harness.pipeline import uap_files, uaps
 from harness.pipeline.context import Context
 from harness.pipeline.uap_names import control_names, gradient_free_names, transfer_name
 from harness.pipeline.uaps import craft_tasks
@@ -65,8 +65,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judged]:
     }
     with pytest.MonkeyPatch.context() as patch:
         # Only what belongs to checkpoints is stood in for: these networks have none.
-        patch.setattr(uaps, "valid_checkpoint", lambda _context, _variant: True)
-        patch.setattr(uaps, "checkpoint_key", lambda _context, variant: variant.name)
+        patch.setattr(uap_files, "valid_checkpoint", lambda _context, _variant: True)
+        patch.setattr(uap_files, "checkpoint_key", lambda _context, variant: variant.name)
         patch.setattr(uaps, "deployed_form", lambda model: model)
         patch.setattr(
             uaps,
