@@ -69,7 +69,7 @@ def black_box_table(view: View, eps: float) -> TextTable | None:
     if not found:
         return None
     head = (
-        "Victim", "White-box UER", "Fleet, victim in it", "Best single source",
+        "Victim", "White-box UER", "Fleet with it", "Best single source",
         "Leave-one-out", "95 %", "Against best single", "Against white-box",
     )  # fmt: skip
     return TextTable(head, tuple(_cells(box) for box in found))
@@ -93,7 +93,7 @@ def _cells(box: BlackBox) -> tuple[str, ...]:
 def _difference(row: ResultRow, other: ResultRow | None, p: float | None) -> str:
     if other is None or p is None:
         return DASH
-    shown = p_value(p) if p < ALPHA else f"no difference shown, {p_value(p)}"
+    shown = p_value(p) if p < ALPHA else f"none shown, {p_value(p)}"
     return f"{points(_uer(row) - _uer(other))} points ({shown})"
 
 
