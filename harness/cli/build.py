@@ -147,7 +147,7 @@ def _uap_names(
 ) -> list[UapName]:
     from dataclasses import replace
 
-    from harness.pipeline.uap_names import targeted_names, white_box_names
+    from harness.pipeline.uap_names import gradient_free_names, targeted_names, white_box_names
     from harness.workspace import UapName
 
     config = context.config
@@ -156,7 +156,9 @@ def _uap_names(
         control = source in CONTROLS
         if not eps and not targets:
             names += white_box_names(context, source)
-            names += [] if control else targeted_names(context, source)
+            if not control:
+                names += targeted_names(context, source)
+                names += gradient_free_names(context, source) if attack is None else []
             continue
         for budget in eps or (config.craft.transfer_eps,):
             chosen = targets if targets and not control else (None,)
