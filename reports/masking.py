@@ -122,11 +122,12 @@ def _clear(verdicts: list[MaskingVerdict]) -> str:
     guide = [v.signals["agreement"] for v in verdicts]
     reach = _span([s.value for s in free])
     own = _span([s.reference for s in free])
+    largest = max(s.p or 0.0 for s in free)
     return (
         f"All signs were measured and none is raised. A search without gradients, at the same"
         f" number of forward passes, reaches {reach} where gradients reach {own}, shown to be less"
         f" for each"
-        f" ({p_value(max(s.p or 0.0 for s in free))} or less, Holm over"
+        f" ({p_value(largest)}{'' if largest < 0.001 else ' at most'}, Holm over"
         f" {plural(free[0].family, 'test')}); gradients agree with the network to"
         f" {_plain_span([s.value for s in guide])} (cosine)."
     )

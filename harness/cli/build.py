@@ -26,7 +26,7 @@ from harness.cli.options import (
 )
 from harness.cli.plan_table import print_plan
 from harness.config import ATTACKS
-from harness.records import CONTROLS, UsageError
+from harness.records import CONTROLS, PAPER_ORDER, UsageError
 from harness.sources import is_ensemble, members
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ def _uap_names(
     from dataclasses import replace
 
     from harness.pipeline.uap_names import (
+        gradient_free_names,
         named,
         targeted_names,
         transfer_names,
@@ -206,6 +207,8 @@ def _uap_names(
         else:
             names += white_box_names(context, source)
             names += [] if control else targeted_names(context, source)
+            if source in PAPER_ORDER and attack is None:
+                names += gradient_free_names(context, source)
     if attack not in (None, context.config.attack):  # the workspace's own has it not in its name
         names = [n if n.source in CONTROLS else replace(n, attack=attack) for n in names]
     return names

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.stdout import StdoutConsole
-from harness.records import ResultRow
+from harness.records import CONTROLS, ResultRow
 from harness.sources import source_label
 
 
@@ -39,6 +40,7 @@ def print_results(rows: Sequence[ResultRow], *, derived: Sequence[Mapping[str, A
         "MMACs",
     ):
         table.add_column(name, justify="right")
+    names_of = _uap_names(rows)
     for row in rows:
         estimate = (
             _percent(row.uer_corrected),
@@ -48,7 +50,7 @@ def print_results(rows: Sequence[ResultRow], *, derived: Sequence[Mapping[str, A
             escape(source_label(row.variant)),
             row.device + (" (emulated)" if row.emulated else ""),
             row.runtime,
-            escape(source_label(row.uap_source)) if row.uap_source else "clean",
+            escape(names_of(row)),
             "" if row.eps is None else f"{row.eps:g}",
             "" if row.target is None else str(row.target),
             str(row.n) if row.n == row.n_of else f"{row.n} of {row.n_of}",
@@ -72,6 +74,24 @@ def print_results(rows: Sequence[ResultRow], *, derived: Sequence[Mapping[str, A
         if found is not None:
             console.print(f"\n{title}", highlight=False)
             console.print(found)
+
+
+def _uap_names(rows: Sequence[ResultRow]) -> Callable[[ResultRow], str]:
+    """Whose perturbation it is; its attack and seed too, where rows would look alike without."""
+    crafted = [row for row in rows if row.uap_source not in (None, *CONTROLS)]
+    usual = Counter(row.attack for row in crafted).most_common(1)
+    seeds = {row.seed for row in crafted}
+
+    def name(row: ResultRow) -> str:
+        if row.uap_source is None:
+            return "clean"
+        parts = [source_label(row.uap_source)]
+        if row.uap_source not in CONTROLS:
+            parts += [row.attack] if row.attack and row.attack != usual[0][0] else []
+            parts += [f"s{row.seed}"] if len(seeds) > 1 else []
+        return " ".join(parts)
+
+    return name
 
 
 def _seeds(derived: Sequence[Mapping[str, Any]]) -> Table | None:

@@ -233,7 +233,7 @@ def test_plan_of_an_empty_workspace(run: Run, empty: Path) -> None:
         assert task["estimated_seconds"] >= 0
     stages = [task["stage"] for task in tasks]
     counts = {stage: stages.count(stage) for stage in stages}
-    assert counts == {"train": 10, "export": 10, "craft": 4 + 10 * 4 + 11, "evaluate": 10}
+    assert counts == {"train": 10, "export": 10, "craft": 4 + 10 * 5 + 11, "evaluate": 10}
     assert list(counts) == ["train", "export", "craft", "evaluate"]
     assert sum(task["estimated_seconds"] for task in tasks) > 0
     people = succeeded(run("plan", cwd=empty))
@@ -245,7 +245,7 @@ def test_plan_of_an_empty_workspace(run: Run, empty: Path) -> None:
 def test_plan_of_a_finished_workspace(run: Run, workspace: Path) -> None:
     before = artefacts(workspace)
     tasks = json.loads(succeeded(run("plan", "--json", cwd=workspace)).out)
-    assert len(tasks) == 85
+    assert len(tasks) == 95
     assert all(task["cached"] and task["estimated_seconds"] is None for task in tasks)
     assert "nothing" in succeeded(run("plan", cwd=workspace)).out
     assert artefacts(workspace) == before
@@ -286,7 +286,7 @@ def test_what_commands_print_is_what_they_made(run: Run, workspace: Path) -> Non
     out = succeeded(run("export", "--all", cwd=workspace)).out
     assert out.split() == [f"cache/{name}.onnx" for name in PAPER_ORDER]
     out = succeeded(run("craft", "--model", "sfp", "--json", cwd=workspace)).out
-    ends = ("eps4", "eps10", "eps10_t0", "eps10_t1")
+    ends = ("eps4", "eps10", "eps10_t0", "eps10_t1", "eps10_spsa")
     assert json.loads(out) == [f"cache/sfp_{end}.pt" for end in ends]
     out = succeeded(run("craft", "--model", "sfp", "--eps", "4", "--eps", "10", cwd=workspace)).out
     assert out.split() == ["cache/sfp_eps4.pt", "cache/sfp_eps10.pt"]
@@ -305,3 +305,19 @@ def test_init_writes_a_configuration_that_reads_back(run: Run, tmp_path: Path) -
     assert outcome.out == "new/harness.toml\n"
     assert load_config(tmp_path / "new" / "harness.toml") == preset_named("paper", dataset="svhn")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["harness.toml"]
+
+
+def test_another_attack_is_named_in_the_file(run: Run, empty: Path) -> None:
+    def crafted(*options: str) -> list[str]:
+        outcome = run("craft", "--model", "q4", *options, "--dry-run", "--json", cwd=empty)
+        tasks = json.loads(succeeded(outcome).out)
+        return [task["task"] for task in tasks if task["stage"] == "craft"]
+
+    assert crafted("--eps", "10", "--attack", "spsa") == ["craft q4_eps10_spsa"]
+    own = crafted("--eps", "10")
+    assert own == ["craft q4_eps10"]
+    # What the configuration asks for of a variant has its gradient-free perturbation in it.
+    assert "craft q4_eps10_spsa" in crafted()
+    refused = run("craft", "--control", "random", "--eps", "10", "--attack", "spsa", cwd=empty)
+    assert refused.code == 2
+    assert "a control attacks nothing" in refused.err

@@ -237,7 +237,7 @@ def test_the_report_can_be_written_elsewhere(
 def test_a_second_run_builds_nothing(workspace: Path) -> None:
     before, stored = artefacts(workspace), table(workspace, "SELECT * FROM prediction_run")
     outcome = succeeded(harness("run", cwd=workspace))
-    assert outcome.err.splitlines() == ["85 already built and still valid: not built again"]
+    assert outcome.err.splitlines() == ["95 already built and still valid: not built again"]
     assert outcome.out == "report/index.html\n"
     assert artefacts(workspace) == before
     assert table(workspace, "SELECT * FROM prediction_run") == stored

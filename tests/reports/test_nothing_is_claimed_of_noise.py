@@ -73,7 +73,9 @@ def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, craftin
 
 FAMILIES = {
     "headline": lambda view: [headline(view)],
-    "against full": lambda view: sentences(view, "against-full"),
+    "clean": lambda view: sentences(view, "against-full", "Clean images"),
+    "white box": lambda view: sentences(view, "against-full", "White-box perturbations"),
+    "worst": lambda view: sentences(view, "against-full", "Worst perturbation measured"),
     "masking": lambda view: (
         [v.word for v in masking_verdicts(view) if v.word == "masked"] + sentences(view, "masking")
     ),
@@ -85,8 +87,9 @@ FAMILIES = {
 }
 
 
-def sentences(view, anchor):
-    return [s.text for g in conclusions(view) if g.anchor == anchor for s in g.sentences]
+def sentences(view, anchor, lead=None):
+    said = [s for g in conclusions(view) if g.anchor == anchor for s in g.sentences]
+    return [s.text for s in said if lead in (None, s.lead)]
 
 
 def false_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> dict[str, int]:
@@ -116,10 +119,10 @@ def test_at_most_one_null_store_in_twenty_has_a_claim_of_each_family(
 
 
 def test_a_few_null_stores_have_hardly_a_claim(tmp_path, monkeypatch):
-    """The quick part of the above: 8 families in 12 stores."""
+    """The quick part of the above: 10 families in 12 stores."""
     monkeypatch.setattr(f"{__name__}.STORES", 12)
     counts = false_claims(tmp_path, monkeypatch)
-    assert sum(counts.values()) <= 11, counts  # 96 chances of 5 %: P(more) < 1 %
+    assert sum(counts.values()) <= 13, counts  # 120 chances of 5 %: P(more) < 1 %
 
 
 def test_the_words_of_a_claim_are_recognised(full, monkeypatch):

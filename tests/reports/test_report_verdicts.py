@@ -197,8 +197,8 @@ def test_compression_that_does_not_speed_up_is_said(planter, store):
     assert re.search(r"against Full \(\S+\sms\): shown to be slower.*: Q2 \(1\.[45]\d times", said)
     assert "PP2 (" not in said.partition("shown to be slower")[2]  # shown to be faster
     as_fast = synthetic.SIZES["full"][3] / synthetic.SIZES["pp3"][3]
-    add_latency(store, "pp3", spread=0.3, factor=as_fast)
-    assert "No difference shown: PP3 (1.00 times)" in advice_text(store)
+    add_latency(store, "pp3", spread=0.3, factor=1.02 * as_fast)
+    assert re.search(r"No difference shown: PP3 \(1\.0\d times\)", advice_text(store))
     add_latency(store, "full", mode="quick")
     assert "times). A hint only: quick: not comparable." in advice_text(store)
 
