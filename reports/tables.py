@@ -19,6 +19,7 @@ from reports.black_box import black_box_table, black_box_text
 from reports.masking import Sentence
 from reports.masking_table import DERIVED_COLUMNS, derived_columns, masking_table
 from reports.method import TextTable
+from reports.runtimes import runtime_table, runtime_text
 from reports.tradeoff import Cell, Table, tradeoff_table
 from reports.verdicts import conclusions, headline
 from reports.view import View
@@ -103,6 +104,9 @@ def markdown_text(view: View) -> str:
                 escape_markdown(black_box_text(view, eps)),
                 _pipes(cells[0], cells[1:]),
             ]
+    if (runtimes := runtime_table(view)) is not None:
+        parts += ["## PyTorch, here, on other devices", escape_markdown(runtime_text(view))]
+        parts.append(_text_table(runtimes))
     parts += [escape_markdown(note) for note in view.notes]
     return "\n\n".join(parts) + "\n"
 
@@ -205,7 +209,17 @@ def latex_text(view: View) -> str:
         caption = f"UER in % of each source's perturbation at {epsilon(eps)}."
         label = "tab:transfer" + ("" if eps == view.reference_eps else f"-eps{eps:g}")
         text += "\n" + _float(caption, label, "l" + "r" * len(sources), [head + r" \\"], body)
+    if (runtimes := runtime_table(view)) is not None:
+        text += "\n" + _text_float(runtimes, escape_latex(runtime_text(view)), "tab:runtimes")
     return "% Written by `harness report`; needs booktabs and graphicx.\n" + text
+
+
+def _text_float(table: TextTable, caption: str, label: str) -> str:
+    head, *body = (
+        " & ".join(escape_latex(cell) for cell in row).replace(DASH, "--") + r" \\"
+        for row in (table.head, *table.rows)
+    )
+    return _float(caption, label, "l" * len(table.head), [head], body)
 
 
 def _bold(cell: Cell) -> str:

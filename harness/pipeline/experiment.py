@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from devices.local import LocalDevice
 from devices.model_file import check_model_file
 from devices.session import Device
 from harness.crafting.perturbation import load_perturbation
@@ -85,18 +86,28 @@ def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list
 
 
 def experiment_tasks(context: Context, variants: list[str], device: Device) -> list[Task]:
-    """Train, export, craft, attack and time the variants: everything but the report."""
+    """Train, export, craft, attack and time the variants: everything but the report.
+
+    On a device whose time is limited by default (an emulated one), each variant meets clean images
+    and its own perturbation at the reference budget: shared by all conditions, the time would leave
+    a handful of images to each. All of them are evaluated on this machine.
+    """
     tasks = train_tasks(context, variants)
     tasks += export_tasks(context, variants)
     tasks += craft_tasks(context, all_uap_names(context, variants))
-    budget = budget_for(device, len(variants))
-    for name in variants:
-        uaps = [context.workspace.uap(u) for u in victim_uap_names(context, name, variants)]
-        tasks.append(evaluate_task(context, variant_victim(context, name), uaps, device, budget))
-    if context.config.latency.mode != "off" and not device.emulated:
-        victims = [variant_victim(context, name) for name in variants]
+    timed = device if device.default_budget_s is None else LocalDevice()
+    victims = [variant_victim(context, name) for name in variants]
+    for victim in victims:
+        uaps = [context.workspace.uap(u) for u in victim_uap_names(context, victim.name, variants)]
+        tasks.append(evaluate_task(context, victim, uaps, timed, budget_for(timed, len(variants))))
+    if timed is not device:
+        budget = budget_for(device, len(variants))
+        for victim in victims:
+            own = context.workspace.uap(transfer_name(context, victim.name))
+            tasks.append(evaluate_task(context, victim, [own], device, budget))
+    if context.config.latency.mode != "off":
         uap = context.workspace.uap(transfer_name(context, variants[0]))
-        tasks.append(latency_task(context, victims, device, uap=uap))
+        tasks.append(latency_task(context, victims, timed, uap=uap))
     return tasks
 
 

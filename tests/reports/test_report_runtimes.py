@@ -11,6 +11,7 @@ from harness.records import PredictionRun
 from reports.report import write_report
 from reports.runtimes import runtime_steps, runtime_table, runtime_text
 from reports.selection import build_view
+from reports.tables import latex_text, markdown_text
 from tests.reports import synthetic
 from tests.reports.synthetic import CLASSES, uap
 
@@ -87,3 +88,13 @@ def test_a_report_about_the_board_says_that_it_is_a_sample(two_devices, store, t
     html = write_report(store, tmp_path / "out", device="rpi4").html.read_text(encoding="utf-8")
     assert "a sample: 200 of 600" in html
     assert "From PyTorch to this machine" in html
+
+
+def test_markdown_and_latex_have_the_table_too(two_devices):
+    markdown, latex = markdown_text(two_devices), latex_text(two_devices)
+    table = runtime_table(two_devices)
+    assert table is not None
+    section = markdown.partition("## PyTorch, here, on other devices")[2]
+    assert section.count("\n| ") == 1 + 1 + len(table.rows)
+    assert r"\label{tab:runtimes}" in latex
+    assert latex.count(r"\toprule") == 3  # the trade-off, a transfer matrix, this
