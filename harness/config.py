@@ -201,7 +201,19 @@ def _paper(dataset: str | None) -> Config:
     return Config(dataset=dataset or "cifar10", preset="paper", train=train)
 
 
-PRESETS = {"quickstart": _quickstart, "paper": _paper}
+def _reduced(dataset: str | None) -> Config:
+    quick = _quickstart(dataset or "cifar10")
+    return replace(
+        quick,
+        preset="reduced",
+        attack="sgd",  # the paper's, whose numbers stand beside it
+        train=replace(quick.train, epochs=10, batch_size=128, crop_padding=4),
+        craft=CraftConfig(attack_images=2_000, epochs=5, batch_size=250, fleet_epochs=10),
+        eval=EvalConfig(),
+    )
+
+
+PRESETS = {"quickstart": _quickstart, "reduced": _reduced, "paper": _paper}
 
 
 # --- reading and writing -------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def test_help(words: tuple[str, ...], command: click.Command, run: Run, tmp_path
     examples = outcome.out.partition("Examples:\n")[2]
     assert "  harness " in examples
     for option in command.params:
-        for name in option.opts if isinstance(option, click.Option) else ():
+        shown = isinstance(option, click.Option) and not option.hidden
+        for name in option.opts if shown else ():
             assert name in outcome.out
     assert run(*words, "-h", cwd=tmp_path).out == outcome.out
     if isinstance(command, click.Group):
@@ -259,8 +260,8 @@ def test_plan_of_more_seeds_and_budgets(run: Run, empty: Path) -> None:
     plain = craft_tasks()
     edit(empty, "eps = [4, 10]", 'eps = [4, 10]\ntransfer_eps = "all"\nseeds = 3')
     more = craft_tasks()
-    assert len(plain) == 4 + 10 * (2 + 2) + 11
-    assert len(more) == 4 + 3 * (10 * (2 + 2) + 11 * 2)
+    assert len(plain) == 4 + 10 * (2 + 2) + 11 + 10
+    assert len(more) == 4 + 3 * (10 * (2 + 2) + 11 * 2) + 10
     assert {"craft fleet_eps4_s2", "craft fleet_without_pp2_eps10_s1"} <= more.keys()
     # The whole fleet's 66 at six epochs, of models that cost more or less; full's 12 at two.
     ratio = more["craft fleet_eps4_s2"] / more["craft full_eps4_s2"]
