@@ -27,6 +27,8 @@ from harness.metrics import wilson
 DRAWS = 2000
 """B, resamples of every interval."""
 CONFIDENCE = 0.95
+ROUNDING = 1e-12
+"""Sums of shares that are equal differ by this much at most."""
 Values = npt.NDArray[np.float64]
 _Statistic = Callable[[Values], Values]
 
@@ -56,7 +58,7 @@ def mean_over_seeds(wrong: npt.NDArray[np.bool_]) -> Estimate:
     values = _checked(wrong)
     found = _estimate(values, None, same_seeds=False)
     low, high = max(0.0, found.low), min(1.0, found.high)
-    if low == high:  # every image alike: resampling cannot say what others would do
+    if values.min() == values.max():  # all alike: resampling cannot say what others would do
         low, high = wilson(round(found.value * found.n), found.n)
     return Estimate(found.value, low, high, found.p, found.seeds, found.n)
 
@@ -115,9 +117,14 @@ def _estimate(first: Values, second: Values | None, *, same_seeds: bool) -> Esti
     spread = float(drawn.std())
     error = max(math.sqrt(variance), spread)
     total_seeds = min(len(group) for group in groups)
-    if error == 0.0 or spread == 0.0:
-        return Estimate(value, value, value, 1.0 if value == 0.0 else 0.0, total_seeds, n)
-    freedom = variance**2 / sum(part**2 / df for part, df in parts if part > 0)
+    if spread < ROUNDING:
+        return _unanimous(value, seeds=total_seeds, n=n)
+    # No variance of images' or of seeds' means: what there is lies in how they go together.
+    freedom = (
+        variance**2 / sum(part**2 / df for part, df in parts if part > ROUNDING)
+        if variance > ROUNDING
+        else max(1, min(df for _, df in parts))
+    )
     quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
     widen = error / spread * quantile / float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
     low, high = np.quantile(drawn - value, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
@@ -131,6 +138,19 @@ def _estimate(first: Values, second: Values | None, *, same_seeds: bool) -> Esti
         seeds=total_seeds,
         n=n,
     )
+
+
+def _unanimous(value: float, *, seeds: int, n: int) -> Estimate:
+    """Every image says the same: what n images, however they agree, can show (the sign test).
+
+    The interval is of a share of agreeing images from the bound of n out of n (Clopper and Pearson
+    1934) to all of them.
+    """
+    if value == 0.0:
+        return Estimate(0.0, 0.0, 0.0, 1.0, seeds, n)
+    least = ((1 - CONFIDENCE) / 2) ** (1 / n)
+    ends = sorted((value, value * (2 * least - 1)))
+    return Estimate(value, ends[0], ends[1], min(1.0, 2 * 0.5**n), seeds, n)
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ group: its interval covers the choice of images only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,12 +62,17 @@ def seed_groups(
             continue
         # A source of the same name that was trained anew is another source.
         crafted_on = uap.meta.get("checkpoint_sha256") if uap.own else None
+        # So is one of another attack, however it is called.
+        facts = [uap.meta.get(key) for key in ("settings", "images", "steps")]
+        how = json.dumps(facts, sort_keys=True, default=str)
         same = (row.model_sha256, row.device, row.emulated, row.runtime, row.uap_source, row.eps,
-                row.target, row.attack, row.protocol, crafted_on, uap.own)  # fmt: skip
+                row.target, row.attack, row.protocol, crafted_on, uap.own, how)  # fmt: skip
         found.setdefault(same, {})[row.seed] = row  # later rows are newer
     groups = []
     for by_seed in found.values():
-        ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
+        # A seed that met a small sample must not shrink the others to it.
+        most = max(row.n for row in by_seed.values())
+        ordered = tuple(by_seed[seed] for seed in sorted(by_seed) if by_seed[seed].n == most)
         stacked = np.stack([predicted[key_of(row)] for row in ordered])  # [S, N]
         seen = (stacked != UNSEEN).all(axis=0)
         if len(ordered) < 2 or not seen.any():

@@ -129,7 +129,7 @@ def black_box_text(view: View, eps: float) -> str:
     if eps != view.reference_eps:
         return text  # said once
     text += (
-        " Paired exact McNemar, Holm-adjusted over the victims of a column. The best single source"
+        " Paired tests, Holm-adjusted over the victims of a column. The best single source"
         " is picked on these same images, which favours it."
     )
     kin = [

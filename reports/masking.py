@@ -151,8 +151,8 @@ def signal_text(signal: Signal) -> str:
         f" gradient promises",
         "agreement": f"along random directions its gradient agrees with the network to"
         f" {number(signal.value)} only (cosine)",
-        "random": f"its own perturbation turns {value} of the correctly classified images, shown to"
-        f" be less than three times what random signs do ({reference})",
+        "random": f"its own perturbation turns {value} of the correctly classified images, with"
+        f" less than three times the odds of random signs, which turn {reference}",
         "monotone": f"its white-box UER falls from {reference} to {value} as the budget grows from"
         f" {other} ({test})",
         "saturated": f"{value} of the samples gave a saturated loss, hence no gradient, while"

@@ -109,7 +109,7 @@ def runtime_text(view: View) -> str:
     text = (
         "The same file predicts with other kernels on another processor. Each row compares two"
         " runs on the images that both saw, clean and under the variant\u2019s own perturbation"
-        " (or the one named); p-values are exact McNemar tests, Holm-adjusted over the table."
+        " (or the one named); p-values are paired tests, Holm-adjusted over the table."
     )
     changed = list(dict.fromkeys(label_of(s.variant) for s in onward if s.differing))
     kept = list(dict.fromkeys(label_of(s.variant) for s in onward if not s.differing))

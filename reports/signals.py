@@ -8,14 +8,16 @@ are as they are, and what they miss: docs/adr/0010.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
 from harness import metrics
 from harness.bootstrap import Estimate
-from harness.records import CONTROLS, ResultRow
-from reports.inference import ALPHA, Difference, compare, holm, rate_of
+from harness.records import CONTROLS, PAPER_ORDER, ResultRow
+from reports.inference import ALPHA, Difference, adjusted_apart, compare, rate_of
 from reports.probes import Probed, probe_of
 from reports.view import VariantView, View
 
@@ -24,6 +26,8 @@ MOSTLY = 0.5
 MIN_AGREEMENT = 0.2
 """Gradients whose promises agree less than this with the network are no guide."""
 MIN_GAIN_OVER_RANDOM = 3.0
+EQUIVALENT = 0.05
+"""An attack bounded below a control's rate plus this does no more than the control."""
 NEAR_CEILING = 0.95
 """Share of the highest possible UER from which attacks can no longer be told apart."""
 
@@ -108,13 +112,15 @@ def _verdicts(view: View) -> list[MaskingVerdict]:
 
 
 def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
-    """Every other perturbation against the variant's own; one family over all variants."""
-    tests: list[tuple[str, _Test]] = []
+    """Every other perturbation against the variant's own; one family over the experiment's."""
+    tests: list[tuple[VariantView, _Test]] = []
     for variant in variants:
         own = variant.white_box
         assert own is not None
         others: list[tuple[Kind, str, ResultRow]] = [
-            ("transfer", row.uap_source or "", row) for row in variant.transfers
+            ("transfer", row.uap_source or "", row)
+            for row in variant.transfers
+            if row.uap_source in PAPER_ORDER  # what a user brought is no part of the experiment
         ]
         others += [
             ("control", name, variant.attacked[name])
@@ -124,41 +130,45 @@ def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
         if variant.gradient_free is not None:
             others.append(("gradient_free", variant.name, variant.gradient_free))
         tests += [
-            (variant.name, _Test(kind, name, row, own, compare(view, row, own)))
+            (variant, _Test(kind, name, row, own, compare(view, row, own)))
             for kind, name, row in others
         ]
-    adjusted = holm([test.found.p for _, test in tests])
-    found = {variant.name: _Tested(family=len(tests)) for variant in variants}
-    for (name, test), p in zip(tests, adjusted, strict=True):
-        found[name].tests.append((test, p))
+    adjusted = adjusted_apart([v for v, _ in tests], [test.found.p for _, test in tests])
+    sizes = Counter(v.name in PAPER_ORDER for v, _ in tests)
+    found = {v.name: _Tested(family=sizes[v.name in PAPER_ORDER]) for v in variants}
+    for (variant, test), p in zip(tests, adjusted, strict=True):
+        found[variant.name].tests.append((test, p))
     return found
 
 
 def _falls(view: View, variants: list[VariantView]) -> dict[str, Signal]:
     """Whether white-box UER is shown to fall with a growing budget; one family over all pairs."""
     pairs = [
-        (variant.name, low, high)
-        for variant in variants
-        for low, high in combinations(variant.curve, 2)
+        (variant, low, high) for variant in variants for low, high in combinations(variant.curve, 2)
     ]
-    adjusted = holm([compare(view, low, high).p for _, low, high in pairs])
+    adjusted = adjusted_apart(
+        [variant for variant, _, _ in pairs],
+        [compare(view, low, high).p for _, low, high in pairs],
+    )
+    sizes = Counter(of.name in PAPER_ORDER for of, _, _ in pairs)
     found: dict[str, Signal] = {}
     for variant in variants:
         drops = [
             (rate_of(low) - rate_of(high), low, high, p)
-            for (name, low, high), p in zip(pairs, adjusted, strict=True)
-            if name == variant.name and p < ALPHA and rate_of(high) < rate_of(low)
+            for (of, low, high), p in zip(pairs, adjusted, strict=True)
+            if of is variant and p < ALPHA and rate_of(high) < rate_of(low)
         ]
+        family = sizes[variant.name in PAPER_ORDER]
         if drops:
             _, low, high, p = max(drops, key=lambda drop: drop[0])
             between = f"{low.eps:g} to {high.eps:g}"
             found[variant.name] = Signal(
                 "monotone", "raised", rate_of(high), rate_of(low), other=between, p=p,
-                family=len(pairs),
+                family=family,
             )  # fmt: skip
         else:
             state: State = "clear" if len(variant.curve) > 1 else "not measured"
-            found[variant.name] = Signal("monotone", state, family=len(pairs))
+            found[variant.name] = Signal("monotone", state, family=family)
     return found
 
 
@@ -179,12 +189,15 @@ def _verdict(view: View, variant: VariantView, tested: _Tested, falls: Signal) -
     }
     highest = 1 - 1 / max(2, len(view.evaluation.classes))
     near = rate_of(own) >= NEAR_CEILING * highest
-    word, because = _judge(signals)
+    high = own.uer_high if own.uer_high is not None else 1.0
+    word, because = _judge(signals, own_high=high, near_ceiling=near)
     return MaskingVerdict(variant, word, signals, because, near_ceiling=near)
 
 
-def _judge(signals: dict[Kind, Signal]) -> tuple[Word, tuple[Kind, ...]]:
-    """The rules of docs/adr/0010, in order."""
+def _judge(
+    signals: dict[Kind, Signal], *, own_high: float, near_ceiling: bool
+) -> tuple[Word, tuple[Kind, ...]]:
+    """The rules of docs/adr/0010, in order; `own_high` bounds the own UER from above."""
     raised = [kind for kind in KINDS if signals[kind].state == "raised"]
     no_guide: tuple[Kind, ...] = ("no_gradient", "slope", "agreement")
     bad_gradients = [kind for kind in no_guide if kind in raised]
@@ -193,8 +206,11 @@ def _judge(signals: dict[Kind, Signal]) -> tuple[Word, tuple[Kind, ...]]:
         return "masked", ("gradient_free", *bad_gradients, *beaten)
     if bad_gradients and beaten:
         return "masked", (*bad_gradients, *beaten)
-    if "no_gradient" in raised and signals["control"].state == "unclear":
-        return "masked", ("no_gradient", "control")  # no gradient, and no better than a pattern
+    control = signals["control"]
+    # Hardly better than a pattern: bounded, not merely unshown.
+    no_better = control.value is not None and own_high < control.value + EQUIVALENT
+    if "no_gradient" in raised and control.state == "unclear" and no_better and not near_ceiling:
+        return "masked", ("no_gradient", "control")
     if raised:
         return "undecided", tuple(raised)
     open_questions = tuple(kind for kind in KINDS if signals[kind].state != "clear")
@@ -267,7 +283,10 @@ def _guide(kind: Kind, estimate: Estimate | None, *, known: bool) -> Signal:
 
 
 def _random(variant: VariantView, own: ResultRow) -> Signal:
-    """Shown to do less than three times what random signs do, of the images it got right."""
+    """Shown to have less than three times the odds of random signs, of the images it got right.
+
+    Odds, as three times a rate beyond a third is more than everything.
+    """
     random = variant.attacked.get("random")
     if random is None or random.evasion_on_correct is None or own.evasion_on_correct is None:
         return Signal("random", "not measured")
@@ -275,8 +294,12 @@ def _random(variant: VariantView, own: ResultRow) -> Signal:
     correct = max(1, round(own.n * (own.clean_accuracy or 0.0)))
     high = metrics.wilson(min(correct, round(value * correct)), correct)[1]
     low = metrics.wilson(min(correct, round(reference * correct)), correct)[0]
-    weak = high < MIN_GAIN_OVER_RANDOM * low
+    weak = _odds(high) < MIN_GAIN_OVER_RANDOM * _odds(low)
     return Signal("random", "raised" if weak else "clear", value, reference, other="random")
+
+
+def _odds(rate: float) -> float:
+    return rate / (1 - rate) if rate < 1 else math.inf
 
 
 def _saturated(view: View, own: ResultRow) -> Signal:

@@ -143,7 +143,8 @@ def _versus_full(view: View) -> list[Sentence]:
     return [
         *said,
         Sentence(
-            "Paired exact McNemar on the same images, Holm-adjusted over the variants of each"
+            "Paired on the same images (exact McNemar; a bootstrap over images and crafting seeds"
+            " where those are averaged), Holm-adjusted over the variants of each"
             f" line, at {percent(ALPHA)}. The worst perturbation is picked on these same images,"
             " so its line leans towards larger error rates for every model alike.",
             "Tests",

@@ -152,7 +152,7 @@ def craft(
         sources += chosen_sources(models, all_models)
     if targets and controls:
         raise UsageError("--target does not go with --control: a control has no target class")
-    if attack is not None and controls and not (models or all_models):
+    if attack is not None and controls and not (models or all_models or brought):
         raise UsageError("--attack does not go with --control: a control attacks nothing")
     for value in eps:
         if not 1 <= value <= 255:

@@ -107,8 +107,8 @@ def run(
         context.build(tasks)
         register_current(context, *experiment_files(context, list(PAPER_ORDER)))
         with context.open_store() as store:
-            # A device with a time budget has a sample, beside all that this machine evaluated.
-            shown = device.name if device.default_budget_s is None else None
+            # An emulated device has a sample, beside all that this machine evaluated.
+            shown = None if device.emulated else device.name
             paths = write_report(store, workspace.report, device=shown)
     if as_json:
         click.echo(json.dumps({"report": str(paths.html), "results": str(workspace.results)}))

@@ -64,9 +64,9 @@ class Searched:
     """Images that went through the network."""
 
 
-def planned_pairs(settings: SpsaSettings, n: int) -> int:
-    """Steps of one search over n images."""
-    return max(1, settings.epochs * n // settings.pairs)
+def planned_searches(settings: SpsaSettings, n: int) -> int:
+    """Steps of one search over n images: a step asks about each image at most once."""
+    return max(1, settings.epochs * n // min(settings.pairs, n))
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def craft_spsa(
     sense = 1.0 if request.target is None else -1.0
     shape = tuple(split.images.shape[1:])
     delta, velocity = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    steps, pairs = planned_pairs(settings, n), min(settings.pairs, n)
+    steps, pairs = planned_searches(settings, n), min(settings.pairs, n)
     per_epoch = -(-steps // settings.epochs)
     scale, at_step, objective = 0.0, 0, [0.0] * settings.epochs
     saved = read_partial(partial, key=key)

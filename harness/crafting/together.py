@@ -242,15 +242,14 @@ def _members(job: Job, networks: int) -> tuple[int, ...]:
 def _turns(starts: Sequence[Job], networks: int, t: int) -> dict[int, list[int]]:
     """Network -> the starts whose turn on it step t is.
 
-    In a round every network has one step; who leaves one out takes the next network's in its place.
+    In a round every one of its own networks has one step, whatever others are crafted beside it.
     """
-    this_round, at = divmod(t, networks)
-    order = np.random.default_rng(this_round).permutation(networks).tolist()
     turns: dict[int, list[int]] = {}
     for k, start in enumerate(starts):
         mine = _members(start, networks)
-        network = next(i for i in order[at:] + order[:at] if i in mine)
-        turns.setdefault(network, []).append(k)
+        this_round, at = divmod(t, len(mine))
+        order = np.random.default_rng((start.seed, this_round)).permutation(len(mine))
+        turns.setdefault(mine[int(order[at])], []).append(k)
     return turns
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from harness.models.brought_weights import fill, one_line, read_state
 from harness.records import CONTROLS, DEPLOYABLE, HarnessError, UsageError
+from harness.sources import FLEET
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
@@ -125,8 +126,8 @@ def check_name(name: str, *, given: bool) -> None:
             f"--name {name}: a name has letters, digits, - and _, starts with a letter, and does "
             f"not hold _eps{hint}"
         )
-    if name in (*DEPLOYABLE, *CONTROLS):
-        raise UsageError(f"--name {name} is what a variant or a control is called{hint}")
+    if name in (*DEPLOYABLE, *CONTROLS) or name.startswith(FLEET):
+        raise UsageError(f"--name {name} is what a variant, a control or a fleet is called{hint}")
 
 
 def load_brought(recipe: Recipe) -> BroughtModel:

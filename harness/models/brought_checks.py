@@ -115,7 +115,8 @@ def _digest(model: BroughtModel, logits: Tensor) -> str:
             digest.update(
                 value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
             )
-    # And the code: two digits of the logits, which no rounding of another thread moves.
+    # And the code, by what it computes: two digits of the logits. An edit that moves them by less
+    # goes unnoticed; rounding that moves one across a half costs crafting once more.
     scaled = (logits / (logits.abs().max() + 1e-12) * 100).round().to(torch.int16)
     digest.update(scaled.numpy().tobytes())
     return digest.hexdigest()

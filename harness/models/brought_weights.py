@@ -80,9 +80,11 @@ def fill(network: nn.Module, state: dict[str, Tensor], path: Path, *, of: str) -
         UsageError: names or shapes that are not those of the network, which `of` calls.
     """
     wanted = network.state_dict()
-    for prefix in PREFIXES:
-        if not set(state) & set(wanted) and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while state and not set(state) & set(wanted):
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     differences = [
         _some("missing", [key for key in wanted if key not in state]),
         _some("not of the model", [key for key in state if key not in wanted]),

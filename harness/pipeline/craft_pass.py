@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from harness.crafting.perturbation import (
     to_levels,
 )
 from harness.crafting.probe import probe_gradients
-from harness.crafting.spsa import Searched, SpsaSettings, craft_spsa, planned_pairs
+from harness.crafting.spsa import Searched, SpsaSettings, craft_spsa, planned_searches
 from harness.crafting.together import (
     Crafted,
     Job,
@@ -92,10 +92,11 @@ def craft_pass(
         )
         for name, places in zip(names, members, strict=True)
     ]
-    crafted: Sequence[Crafted | Searched]
+    crafted: Iterable[Crafted | Searched]
     if isinstance(settings, SpsaSettings):
-        steps = planned_pairs(settings, len(split))
-        crafted = [
+        steps = planned_searches(settings, len(split))
+        # One after the other, each saved before the next: a kill costs one of them at most.
+        crafted = (
             craft_spsa(
                 networks[job.members[0]],
                 split,
@@ -107,7 +108,7 @@ def craft_pass(
                 progress=advance,
             )
             for job, key, identity in zip(jobs, keys, identities, strict=True)
-        ]
+        )
     else:
         steps = planned_steps(settings.rule, len(split))
         crafted = craft_together(

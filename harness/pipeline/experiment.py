@@ -88,26 +88,26 @@ def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list
 def experiment_tasks(context: Context, variants: list[str], device: Device) -> list[Task]:
     """Train, export, craft, attack and time the variants: everything but the report.
 
-    On a device whose time is limited by default (an emulated one), each variant meets clean images
-    and its own perturbation at the reference budget: shared by all conditions, the time would leave
-    a handful of images to each. All of them are evaluated on this machine.
+    On an emulated device each variant meets clean images and its own perturbation at the reference
+    budget: shared by all conditions, its time would leave a handful of images to each. All of them
+    are evaluated, and latency is measured, on this machine.
     """
     tasks = train_tasks(context, variants)
     tasks += export_tasks(context, variants)
     tasks += craft_tasks(context, all_uap_names(context, variants))
-    timed = device if device.default_budget_s is None else LocalDevice()
+    main = LocalDevice() if device.emulated else device
     victims = [variant_victim(context, name) for name in variants]
     for victim in victims:
         uaps = [context.workspace.uap(u) for u in victim_uap_names(context, victim.name, variants)]
-        tasks.append(evaluate_task(context, victim, uaps, timed, budget_for(timed, len(variants))))
-    if timed is not device:
+        tasks.append(evaluate_task(context, victim, uaps, main, budget_for(main, len(variants))))
+    if device.emulated:
         budget = budget_for(device, len(variants))
         for victim in victims:
             own = context.workspace.uap(transfer_name(context, victim.name))
             tasks.append(evaluate_task(context, victim, [own], device, budget))
     if context.config.latency.mode != "off":
         uap = context.workspace.uap(transfer_name(context, variants[0]))
-        tasks.append(latency_task(context, victims, timed, uap=uap))
+        tasks.append(latency_task(context, victims, main, uap=uap))
     return tasks
 
 
@@ -161,6 +161,9 @@ def attack_tasks(
             f"own: harness devices add {device.name} --host USER@BOARD"
         )
     located = [locate_uap(context, text) for text in uaps]
+    # One perturbation named twice is one: by its file, wherever it was named from.
+    by_file = {path.resolve(): (name, path) for name, path in reversed(located)}
+    located = list(by_file.values())[::-1]
     names = [name for name, _ in located if name is not None]
     for name, path in located:
         if name is None:

@@ -14,7 +14,7 @@ import onnxruntime
 
 from devices.session import Device
 from devices.timing import FULL, QUICK, LatencySettings, measure_latency
-from harness.latencies import LatencyKey, newest_latencies
+from harness.latencies import LatencyKey, boot_of, newest_latencies
 from harness.pipeline.context import Context
 from harness.pipeline.evaluation import Victim, load_attack, register
 from harness.pipeline.tasks import Progress, Task
@@ -102,7 +102,8 @@ def _measure(
     files = {victim.name: victim.onnx for victim in victims}
     images = context.data.evaluation.images
     total = settings.processes * len(victims)
-    done, restarts = _rounds_done(context, victims, device, settings), 0
+    done = _rounds_done(context, victims, device, settings)
+    lives: set[tuple[str, str | None]] = set()  # machines and boots met
     while done < settings.processes:
         base = done * len(victims)
 
@@ -134,11 +135,11 @@ def _measure(
                         processes=processes,
                     )
                 )
-        before, done = done, _rounds_done(context, victims, device, settings)
-        if done <= before:  # another boot or machine than the rounds before: it begins again
-            restarts += 1
-            if restarts > MAX_RESTARTS:
-                raise MeasurementInvalid(
-                    f"{device.name} was rebooted, or changed, {restarts} times while its latency"
-                    " was measured, which is stored as INVALID: check its power supply"
-                )
+        lives |= {(repr(machine), boot_of(p)) for machine, ps in measured.values() for p in ps}
+        if len(lives) > 1 + MAX_RESTARTS:
+            raise MeasurementInvalid(
+                f"{device.name} was rebooted, or changed, {len(lives) - 1} times while its latency"
+                " was measured, which is stored as INVALID: check its power supply"
+            )
+        # After a reboot it begins again: rounds are counted since the last one.
+        done = _rounds_done(context, victims, device, settings)

@@ -56,6 +56,7 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
     Raises:
         UsageError: a source, target, attack, budget or seed that does not exist.
     """
+    names = list(dict.fromkeys(names))
     for name in names:
         check_name(context, name)
     tasks: list[Task] = []

@@ -91,6 +91,16 @@ def test_a_transfer_matrix_at_another_budget(run: Run, workspace: Path, tmp_path
     assert "The same at \u03b5\u00a0=\u00a06/255" in (page / "index.html").read_text()
 
 
+def test_a_perturbation_named_twice_is_one(run: Run, workspace: Path) -> None:
+    (workspace / "cache" / "full_eps4.pt").unlink()  # so that something is crafted
+    twice = ("--uap", "cache/full_eps4.pt", "--uap", workspace / "cache" / "full_eps4.pt")
+    rows = rows_of(
+        run("attack-device", *twice, "--transfer", "4", "--model", "pp3", "--json", cwd=workspace)
+    )
+    attacks = [row["uap_sha256"] for row in rows]
+    assert len(attacks) == len(set(attacks)) == 1 + len(PAPER_ORDER) + 1 + len(CONTROLS)
+
+
 def test_the_fleet_without_the_victim_and_more_seeds(run: Run, workspace: Path) -> None:
     before = artefacts(workspace)
     craft = ("craft", "--model", "fleet_without_q4", "--model", "fleet", "--eps", "8")

@@ -131,3 +131,24 @@ def test_the_kept_slope_is_a_ratio_of_sums() -> None:
     half_width = stats.norm.ppf(0.975) * np.sqrt(32) / promised.sum()
     assert noisy.high - noisy.low == pytest.approx(2 * half_width, rel=0.5)
     assert slope_ratio(np.zeros(4), np.ones(4)) is None
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 600])
+def test_images_that_all_agree_show_what_their_number_can(n: int) -> None:
+    found = difference(np.ones((2, n), bool), np.zeros((2, n), bool), same_seeds=False)
+    assert found.value == found.high == 1.0
+    assert found.p == pytest.approx(min(1.0, 2 * 0.5**n))  # as exact McNemar says of n to none
+    assert found.low < 1.0
+    assert found.low == pytest.approx(2 * 0.025 ** (1 / n) - 1)
+    negative = difference(np.zeros((2, n), bool), np.ones((2, n), bool), same_seeds=True)
+    assert (negative.low, negative.high) == (-1.0, pytest.approx(-found.low))
+    nothing = difference(np.ones((2, n), bool), np.ones((3, n), bool), same_seeds=False)
+    assert (nothing.value, nothing.p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("images", [1, 100])
+def test_seeds_that_err_on_opposite_images_have_an_interval(images: int) -> None:
+    wrong = np.tile(np.array([[True, False], [False, True]]), (1, images))
+    found = mean_over_seeds(wrong)
+    assert found.value == 0.5
+    assert 0 <= found.low < 0.5 < found.high <= 1

@@ -85,6 +85,15 @@ def test_the_search_beats_random_signs_with_forward_passes_only(
     assert found.objective[-1] > found.objective[0]
 
 
+@pytest.mark.parametrize("pairs", [16, 48, 500])
+def test_a_set_smaller_than_a_step_costs_no_queries(tmp_path: Path, pairs: int) -> None:
+    """64 images: a step asks about each at most once, and there are as many steps more."""
+    model = ForwardOnly(fold(trained()))
+    found = search(model, tmp_path / "p.pt", settings=replace(SETTINGS, pairs=pairs))
+    a_step = min(pairs, 64)
+    assert model.images == found.forwards == 2 * a_step * (6 * 64 // a_step)
+
+
 def test_a_target_is_searched_for_too(tmp_path: Path) -> None:
     model = fold(trained(steps=40))
     found = search(
