@@ -1,0 +1,75 @@
+"""What a whole experiment does on which device, and that a kill loses one search at most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from core_cases import split, trained
+
+from harness.config import preset_named
+from harness.crafting.spsa import SpsaSettings
+from harness.models.folded import fold
+from harness.pipeline import craft_pass as craft_pass_module
+from harness.pipeline.context import Context
+from harness.pipeline.craft_pass import craft_pass
+from harness.pipeline.experiment import experiment_tasks
+from harness.records import PAPER_ORDER
+from harness.workspace import UapName, Workspace
+
+
+def context(root: Path) -> Context:
+    return Context(Workspace(root, preset_named("quickstart")), torch.device("cpu"))
+
+
+def measured(root: Path, **device: Any) -> tuple[list[str], list[str]]:
+    """(what evaluates, what times) of the experiment on such a device."""
+    fake: Any = SimpleNamespace(**device)
+    tasks = experiment_tasks(context(root), list(PAPER_ORDER), fake)
+    return tuple([t.name for t in tasks if t.stage == s] for s in ("evaluate", "latency"))
+
+
+def test_a_board_with_a_time_budget_is_measured_itself(tmp_path: Path) -> None:
+    evaluated, timed = measured(tmp_path, name="porch", emulated=False, default_budget_s=600.0)
+    assert evaluated == [f"attack {name} on porch" for name in PAPER_ORDER]
+    assert timed == ["latency on porch (quick)"]
+
+
+def test_an_emulated_one_has_a_sample_beside_everything_here(tmp_path: Path) -> None:
+    evaluated, timed = measured(tmp_path, name="rpi4", emulated=True, default_budget_s=300.0)
+    here = [f"attack {name} on local" for name in PAPER_ORDER]
+    assert evaluated == here + [f"attack {name} on rpi4" for name in PAPER_ORDER]
+    assert timed == ["latency on local (quick)"]
+
+
+def test_a_kill_loses_one_search_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, real = context(tmp_path), craft_pass_module.craft_spsa
+    names = [UapName("full", eps, attack="spsa") for eps in (4.0, 8.0, 10.0)]
+    begun: list[str] = []
+
+    def killed_in_the_third(*arguments: Any, key: str, **options: Any) -> Any:
+        begun.append(key)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, key=key, **options)
+
+    monkeypatch.setattr(craft_pass_module, "craft_spsa", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        craft_pass(
+            ours,
+            [fold(trained())],
+            names,
+            members=[(0,)] * 3,
+            keys=["a", "b", "c"],
+            identities=["id"] * 3,
+            settings=SpsaSettings(epochs=1, pairs=16),
+            split=split(32),
+            probe=[False] * 3,
+            partial=tmp_path / "partial.pt",
+            progress=lambda _done, _note: None,
+        )
+    there = [ours.workspace.uap(name).exists() for name in names]
+    assert there == [True, True, False]
