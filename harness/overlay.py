@@ -49,6 +49,8 @@ def _coerce(value: Any, hint: Any, *, where: str, name: str) -> Any:
     """`value` as the field's type: exact for text, whole numbers and lists; 1 is fine for 1.0."""
     options = get_args(hint) if hint is not str and type(hint).__name__ == "UnionType" else (hint,)
     for option in options:
+        if option is bool and isinstance(value, bool):
+            return value
         if option is str and isinstance(value, str):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
@@ -66,7 +68,7 @@ def _coerce(value: Any, hint: Any, *, where: str, name: str) -> Any:
 
 
 def _plain(hint: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a number"}
+    names = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     return names.get(
         hint,
         "a list of " + _plain(get_args(hint)[0]).removeprefix("a ") + "s"

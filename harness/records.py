@@ -42,6 +42,13 @@ class DeviceUnreachable(HarnessError):
     exit_code = 5
 
 
+class TimeLimitReached(HarnessError):
+    """The time the user gave is over, and there is work left."""
+
+    exit_code = 124
+    """As of timeout(1), so that a loop can tell "go on" from "failed"."""
+
+
 # --- words -----------------------------------------------------------------------------------
 
 
@@ -95,8 +102,9 @@ DEPLOYABLE = (*PAPER_ORDER, *(derived.name for derived in DERIVED))
 CONTROLS = ("random", "chessboard")
 """Perturbations that no model was attacked to obtain; an attack that loses to them is weak."""
 
-BLOCKS_PER_STAGE: dict[str, tuple[int, ...]] = {"resnet18": (2, 2, 2, 2)}
-"""Architectures: residual blocks in each stage; widths double from stage to stage."""
+BLOCKS_PER_STAGE: dict[str, tuple[int, ...]] = {"resnet18": (2, 2, 2, 2), "resnet20": (3, 3, 3)}
+"""Architectures: residual blocks in each stage; widths double from stage to stage. ResNet-20 is
+what the authors' quantised models were, all others being ResNet-18."""
 
 _BY_NAME = {variant.name: variant for variant in VARIANTS}
 _DERIVED_BY_NAME = {derived.name: derived for derived in DERIVED}

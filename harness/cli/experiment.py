@@ -14,6 +14,7 @@ from harness.cli.options import (
     dry_run_option,
     json_option,
     make_context,
+    time_limit_option,
     working_in,
     workspace_option,
 )
@@ -46,7 +47,7 @@ def init(preset: str | None, dataset: str | None, seed: int | None, root: Path) 
     """
     from harness.workspace import CONFIG_NAME, create_workspace
 
-    workspace = create_workspace(root, _configuration(preset, dataset, seed))
+    workspace = create_workspace(root, _configuration(root, preset, dataset, seed))
     click.echo(str(workspace.root / CONFIG_NAME))
 
 
@@ -58,6 +59,7 @@ def init(preset: str | None, dataset: str | None, seed: int | None, root: Path) 
 @workspace_option
 @accelerator_option
 @data_dir_option
+@time_limit_option
 @dry_run_option
 @json_option
 def run(
@@ -68,6 +70,7 @@ def run(
     root: Path,
     accelerator: str,
     data_dir: Path | None,
+    time_limit_s: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -85,6 +88,7 @@ def run(
       harness run
       harness run --workspace svhn --preset paper --dataset svhn
       harness run --dataset photos.npz --workspace photos --dry-run
+      harness run --workspace svhn --time-limit 9m          again and again, while it ends with 124
     """
     import json
 
@@ -98,7 +102,9 @@ def run(
 
     device = device_named(device_name)
     workspace = agreed_workspace(root, preset, dataset, seed)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    context = make_context(
+        workspace, accelerator=accelerator, data_dir=data_dir, time_limit_s=time_limit_s
+    )
     tasks = experiment_tasks(context, list(PAPER_ORDER), device)
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
@@ -154,14 +160,19 @@ def plan(
     print_plan(context, experiment_tasks(context, list(PAPER_ORDER), device), as_json=as_json)
 
 
-def _configuration(preset: str | None, dataset: str | None, seed: int | None) -> Config:
-    """A new experiment's configuration: the preset, with what was given."""
+def _configuration(root: Path, preset: str | None, dataset: str | None, seed: int | None) -> Config:
+    """A new experiment's configuration: the preset, with what was given.
+
+    A file in the workspace is named as seen from there, so that the folder can be moved.
+    """
     from dataclasses import replace
 
     from harness.config import preset_named
 
     if dataset is not None and (dataset.endswith(".npz") or "/" in dataset):
-        dataset = str(Path(dataset).resolve())  # the workspace may be elsewhere
+        path, folder = Path(dataset).absolute(), root.absolute()
+        inside = path.is_relative_to(folder)
+        dataset = f"./{path.relative_to(folder)}" if inside else str(path.resolve())
     config = preset_named(preset or "quickstart", dataset=dataset)
     return config if seed is None else replace(config, seed=seed)
 
@@ -177,9 +188,9 @@ def agreed_workspace(
     from harness.workspace import CONFIG_NAME, Workspace, open_workspace
 
     if not (root / CONFIG_NAME).exists():
-        return Workspace(root, _configuration(preset, dataset, seed))
+        return Workspace(root, _configuration(root, preset, dataset, seed))
     workspace = open_workspace(root)
-    wanted = _configuration(preset or workspace.config.preset, dataset, seed)
+    wanted = _configuration(root, preset or workspace.config.preset, dataset, seed)
     given = {"preset": preset, "dataset": dataset, "seed": seed}
     for name, flag in given.items():
         value = getattr(workspace.config, name)

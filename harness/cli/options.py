@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 
+from harness.cli.duration_type import DURATION
 from harness.records import (
     DEPLOYABLE,
     PAPER_ORDER,
@@ -44,6 +45,13 @@ data_dir_option = click.option(
     "--data-dir",
     type=click.Path(file_okay=False, path_type=Path),
     help="Where cifar10 and svhn are, or are downloaded to.",
+)
+time_limit_option = click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=DURATION,
+    help="Stop after so long (90s, 9m, 1h), with exit code 124 where work is left: the same "
+    "command goes on.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be built, stop.")
@@ -163,14 +171,22 @@ def working_in(workspace: Workspace) -> Iterator[None]:
         yield
 
 
-def make_context(workspace: Workspace, *, accelerator: str, data_dir: Path | None) -> Context:
+def make_context(
+    workspace: Workspace,
+    *,
+    accelerator: str,
+    data_dir: Path | None,
+    time_limit_s: float | None = None,
+) -> Context:
     """The context of a command that computes."""
     from harness.cli.progress import ConsoleReporter
     from harness.pipeline.context import Context, choose_accelerator
+    from harness.pipeline.tasks import Deadline
 
     return Context(
         workspace=workspace,
         accelerator=choose_accelerator(accelerator),
         data_dir=data_dir,
         reporter=ConsoleReporter(stderr_console()),
+        deadline=Deadline.after(time_limit_s),
     )

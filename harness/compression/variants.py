@@ -77,11 +77,24 @@ def relevant_config(variant: Variant, config: Config) -> dict[str, Any]:
     }
     for name in RELEVANT[variant.method]:
         common[name] = getattr(train_config, name)
+    # Named only where they are not what they were before there was a choice: no model is retrained
+    # for a new option.
+    defaults = TrainConfig()
+    for name in ("nesterov", "precision", *(("sfp_start",) if variant.method == "sfp" else ())):
+        if getattr(train_config, name) != getattr(defaults, name):
+            common[name] = getattr(train_config, name)
     if variant.augment != "mixup":
         common.pop("mixup_alpha", None)
     if variant.augment != "cutout":
         common.pop("cutout_size", None)
     return common
+
+
+def parent_of(variant: Variant, config: Config) -> str | None:
+    """The variant whose checkpoint this one starts from; None when trained from scratch."""
+    if variant.method == "sfp" and config.train.sfp_start == "full":
+        return "full"
+    return variant.parent
 
 
 RELEVANT: dict[Method, tuple[str, ...]] = {
@@ -105,12 +118,16 @@ def _sfp(build: Build) -> ResNet:
         COUPLINGS[train_config.sfp_coupling](model, keep=train_config.sfp_keep)
 
     model = build_model(_spec(build), seed=build.seed)
+    if build.parent is not None:
+        model.load_state_dict(build.parent.state_dict())
     recipe = replace(
         _base_recipe(train_config, build.data),
         after_epoch=prune,
         mixup_alpha=train_config.mixup_alpha if build.variant.augment == "mixup" else None,
         cutout_size=train_config.cutout_size if build.variant.augment == "cutout" else None,
     )
+    if build.parent is not None:  # a tenth of the rate from a trained model (He et al. 2018)
+        recipe = replace(recipe, learning_rates={"": train_config.lr / 10})
     _train(build, model, recipe)
     return model
 
@@ -150,6 +167,7 @@ def _apot(build: Build) -> ResNet:
         raise UsageError(f"{build.variant.parent} cannot start {build.variant.name}: other layers")
     recipe = replace(
         _fine_tuning(train_config, build.data, epochs=train_config.apot_epochs),
+        precision="fp32",  # bf16 would move activations across the quantisers' thresholds
         learning_rates={
             "": train_config.apot_lr,
             "activation_alpha": train_config.apot_alpha_lr_activation,
@@ -199,6 +217,8 @@ def _base_recipe(train_config: TrainConfig, data: Dataset) -> Recipe:
         schedule=train_config.schedule,
         decay_epochs=train_config.decay_epochs,
         momentum=train_config.momentum,
+        nesterov=train_config.nesterov,
+        precision=train_config.precision,
         weight_decay=train_config.weight_decay,
         learning_rates={"": train_config.lr},
         crop_padding=train_config.crop_padding,

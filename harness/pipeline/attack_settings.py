@@ -26,8 +26,10 @@ Settings = SgdSettings | MomentumSettings | SpsaSettings
 
 def craft_split(context: Context) -> Split:
     """The images perturbations are crafted on."""
-    data = context.data
-    return data.evaluation if context.config.protocol == "paper" else data.attack
+    data, split = context.data, context.config.craft.split
+    if split == "protocol":
+        split = "evaluation" if context.config.protocol == "paper" else "attack"
+    return data.evaluation if split == "evaluation" else data.attack
 
 
 def settings_of(context: Context, name: UapName) -> Settings:
@@ -38,6 +40,8 @@ def settings_of(context: Context, name: UapName) -> Settings:
     # They had no ensembles; ours take no statistics of a batch.
     quantised = any(variant_named(member).method == "apot" for member in members(name.source))
     in_train_mode = quantised or context.data.name == "svhn" or name.target is not None
+    if craft.batch_norm != "protocol":
+        in_train_mode = craft.batch_norm == "train"
     train_mode = paper and in_train_mode and not is_ensemble(name.source)
     if is_ensemble(name.source):
         craft = replace(craft, epochs=craft.fleet_epochs)

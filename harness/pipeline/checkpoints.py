@@ -11,33 +11,47 @@ from torch import nn
 
 from harness.artefacts import cache_key
 from harness.compression import variants as compression
-from harness.compression.variants import Build, build_variant, planned_epochs, relevant_config
+from harness.compression.variants import (
+    Build,
+    build_variant,
+    parent_of,
+    planned_epochs,
+    relevant_config,
+)
 from harness.models.checkpoint import load_checkpoint, save_checkpoint
 from harness.models.folded import fold
 from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
-from harness.records import VARIANTS, HarnessError, Variant, trained_for, variant_named
+from harness.records import (
+    BLOCKS_PER_STAGE,
+    VARIANTS,
+    HarnessError,
+    UsageError,
+    Variant,
+    trained_for,
+    variant_named,
+)
 
 TRAIN_COST = {"full": 3.5, "sfp": 3.6, "pp": 3.5, "apot": 7.0}
 """Forward passes that one training image costs: forward, backward, and fake quantisation."""
 
 
-def with_parents(names: list[str]) -> list[Variant]:
+def with_parents(context: Context, names: list[str]) -> list[Variant]:
     """What these are trained as, and all it starts from, in build order."""
     wanted: set[str] = set()
     for name in names:
         current: str | None = trained_for(name).name
         while current is not None:
             wanted.add(current)
-            current = variant_named(current).parent
+            current = parent_of(variant_named(current), context.config)
     return [variant for variant in VARIANTS if variant.name in wanted]
 
 
 def checkpoint_key(context: Context, variant: Variant) -> str:
     """Digest of everything the variant's weights depend on."""
-    data = context.data
+    data, parent = context.data, parent_of(variant, context.config)
     inputs = {"train": data.digests["train"], "classes": data.classes, "flip": data.flip}
     if variant.method == "pp":
         inputs["calibration"] = data.digests["calibration"]
@@ -47,7 +61,7 @@ def checkpoint_key(context: Context, variant: Variant) -> str:
         variant=variant.name,
         config=relevant_config(variant, context.config),
         data=inputs,
-        parent=checkpoint_key(context, variant_named(variant.parent)) if variant.parent else None,
+        parent=checkpoint_key(context, variant_named(parent)) if parent else None,
     )
 
 
@@ -63,21 +77,34 @@ def valid_checkpoint(context: Context, variant: Variant) -> bool:
     key, meta = context.checkpoint_header(path)
     if key != checkpoint_key(context, variant):
         return False
-    if variant.parent is None:
+    parent = parent_of(variant, context.config)
+    if parent is None:
         return True
-    if not valid_checkpoint(context, variant_named(variant.parent)):
+    if not valid_checkpoint(context, variant_named(parent)):
         return False
-    parent_sha256 = context.sha256(context.workspace.checkpoint(variant.parent))
+    parent_sha256 = context.sha256(context.workspace.checkpoint(parent))
     return bool(meta.get("parent_sha256") == parent_sha256)
 
 
 def train_tasks(context: Context, names: list[str]) -> list[Task]:
-    """Train the variants, and first whatever they start from."""
-    return [_train_task(context, variant) for variant in with_parents(names)]
+    """Train the variants, and first whatever they start from.
+
+    Raises:
+        UsageError: the architecture lacks the stage that a variant prunes.
+    """
+    arch = context.config.arch
+    for variant in with_parents(context, names):
+        if variant.stage is not None and variant.stage > len(BLOCKS_PER_STAGE[arch]):
+            raise UsageError(
+                f"{variant.name} prunes stage {variant.stage}, and {arch} has "
+                f"{len(BLOCKS_PER_STAGE[arch])}: name the other variants with --model"
+            )
+    return [_train_task(context, variant) for variant in with_parents(context, names)]
 
 
 def _train_task(context: Context, variant: Variant) -> Task:
     epochs = planned_epochs(variant, context.config.train)
+    parent = parent_of(variant, context.config)
     return Task(
         stage="train",
         name=task_name(variant.name),
@@ -85,7 +112,7 @@ def _train_task(context: Context, variant: Variant) -> Task:
         is_done=lambda: valid_checkpoint(context, variant),
         run=lambda progress: _train(context, variant, progress),
         side_by_side=True,
-        after=(task_name(variant.parent),) if variant.parent else (),
+        after=(task_name(parent),) if parent else (),
     )
 
 
@@ -104,10 +131,11 @@ def _train(context: Context, variant: Variant, progress: Progress) -> None:
         "seed": context.config.seed,
         "method": variant.method,
     }
-    if variant.parent is not None:
-        path = workspace.checkpoint(variant.parent)
+    parent_name = parent_of(variant, context.config)
+    if parent_name is not None:
+        path = workspace.checkpoint(parent_name)
         parent = load_checkpoint(path).build()
-        meta["parent"] = variant.parent
+        meta["parent"] = parent_name
         meta["parent_sha256"] = context.sha256(path)
     key = checkpoint_key(context, variant)
     partial = workspace.partial(f"train_{variant.name}")

@@ -20,7 +20,7 @@ from harness.artefacts import sha256_file
 from harness.config import Config
 from harness.data.dataset import Dataset, load_dataset
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.tasks import Reporter, Silent, Task, run_tasks
+from harness.pipeline.tasks import Deadline, Reporter, Silent, Task, run_tasks
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
 from harness.workspace import Workspace
@@ -43,6 +43,8 @@ class Context:
     accelerator: torch.device
     data_dir: Path | None = None
     reporter: Reporter = field(default_factory=Silent)
+    deadline: Deadline = field(default_factory=Deadline)
+    """When `build` stops; by default never."""
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
     _headers: dict[tuple[str, int, int], tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -55,8 +57,11 @@ class Context:
     def data(self) -> Dataset:
         """The data set in its roles, loaded once."""
         config = self.config
+        # A path in harness.toml is of the folder one works in, as any; or beside harness.toml.
+        beside = self.workspace.root / config.dataset
+        named = Path(config.dataset)
         return load_dataset(
-            config.dataset,
+            str(beside) if not named.exists() and beside.exists() else config.dataset,
             data_dir=self.data_dir,
             attack_images=config.craft.attack_images,
             evaluation_images=config.eval.images or None,
@@ -66,7 +71,8 @@ class Context:
 
     def build(self, tasks: Sequence[Task]) -> int:
         """Run what is not done yet, side by side where that pays. Returns how many were run."""
-        return run_tasks(tasks, self.reporter, jobs=jobs_for(self.accelerator))
+        jobs = jobs_for(self.accelerator)
+        return run_tasks(tasks, self.reporter, jobs=jobs, deadline=self.deadline)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -3,6 +3,9 @@
 Enters: a list of tasks in an order that respects their dependencies. Leaves: their artefacts.
 The artefacts on disk are the only state: kill the process anywhere and run the same list again.
 
+A time limit ends it like a kill, but with a word: what runs stops at its next sign of progress, so
+what it did after its last save, a few seconds, is done again.
+
 Tasks that follow each other and may run side by side do so, in threads of this process: what
 they spend their time on (PyTorch) releases the interpreter, and they die with it.
 """
@@ -10,12 +13,15 @@ they spend their time on (PyTorch) releases the interpreter, and they die with i
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
+
+from harness.records import TimeLimitReached
 
 Progress = Callable[[float, str], None]
 """(fraction done, note)."""
@@ -78,7 +84,25 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-def run_tasks(tasks: Sequence[Task], reporter: Reporter, *, jobs: int = 1) -> int:
+@dataclass(frozen=True)
+class Deadline:
+    """A moment of `time.monotonic()`."""
+
+    at: float = math.inf
+
+    @classmethod
+    def after(cls, seconds: float | None) -> Deadline:
+        """So many seconds from now; never, for None."""
+        return cls() if seconds is None else cls(time.monotonic() + seconds)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.at
+
+
+def run_tasks(
+    tasks: Sequence[Task], reporter: Reporter, *, jobs: int = 1, deadline: Deadline | None = None
+) -> int:
     """Run what is not done yet. Returns how many tasks were run.
 
     A task's validity is checked right before it would run: by then its inputs are there.
@@ -87,12 +111,22 @@ def run_tasks(tasks: Sequence[Task], reporter: Reporter, *, jobs: int = 1) -> in
         tasks: in an order that respects their dependencies.
         reporter: told from one thread at a time.
         jobs: how many tasks may run side by side.
+        deadline: when to stop; no task starts, and none goes on, after it.
+
+    Raises:
+        TimeLimitReached: the deadline is over and there is work left.
     """
     ran = 0
+    deadline = deadline or Deadline()
     reporter.begin(tasks)
     try:
         for beside, group in itertools.groupby(tasks, key=lambda task: task.side_by_side):
-            ran += _Crew(reporter, jobs if beside else 1).run(list(group))
+            ran += _Crew(reporter, jobs if beside else 1, deadline).run(list(group))
+    except TimeLimitReached:
+        left = sum(not task.is_done() for task in tasks)
+        raise TimeLimitReached(
+            f"time limit reached with {left} of {len(tasks)} tasks left: the same command goes on"
+        ) from None
     finally:
         reporter.end()
     return ran
@@ -105,9 +139,10 @@ class _Stopped(Exception):
 class _Crew:
     """Runs one group of tasks, the longest chain of dependent ones first."""
 
-    def __init__(self, reporter: Reporter, jobs: int) -> None:
+    def __init__(self, reporter: Reporter, jobs: int, deadline: Deadline) -> None:
         self._reporter = reporter
         self._jobs = jobs
+        self._deadline = deadline
         self._stopping = threading.Event()
         self._lock = threading.Lock()
 
@@ -139,6 +174,7 @@ class _Crew:
         if task.is_done():
             self._tell(self._reporter.finish, task, 0.0)
             return False
+        self._check_time()
         self._tell(self._reporter.start, task)
         began = time.monotonic()
         task.run(lambda fraction, note: self._advance(task, fraction, note))
@@ -148,7 +184,12 @@ class _Crew:
     def _advance(self, task: Task, fraction: float, note: str) -> None:
         if self._stopping.is_set():
             raise _Stopped
+        self._check_time()
         self._tell(self._reporter.advance, task, fraction, note)
+
+    def _check_time(self) -> None:
+        if self._deadline.is_over:
+            raise TimeLimitReached
 
     def _tell(self, what: Callable[..., None], *arguments: object) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from harness.artefacts import cache_key
 from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import load_perturbation
-from harness.pipeline.attack_settings import probed, settings_key, settings_of
+from harness.pipeline.attack_settings import craft_split, probed, settings_key, settings_of
 from harness.pipeline.checkpoints import checkpoint_key, valid_checkpoint
 from harness.pipeline.context import Context
 from harness.pipeline.uap_names import GRADIENT_FREE, attack_of
@@ -32,7 +32,7 @@ def uap_key(context: Context, name: UapName) -> str:
     labels = [context.data.name, config.protocol]
     if name.source in CONTROLS:
         return cache_key("control", VERSION, name=name.stem, shape=shape, labels=labels)
-    paper = config.protocol == "paper"
+    role = "attack" if craft_split(context) is context.data.attack else "evaluation"
     # Written only where there is one: other perturbations stay valid.
     more: dict[str, object] = {"probe": PROBE_VERSION} if probed(context, name) else {}
     return cache_key(
@@ -45,7 +45,7 @@ def uap_key(context: Context, name: UapName) -> str:
         settings=settings_key(settings_of(context, name)),
         labels=labels,
         source=_source_key(context, name.source),
-        images=context.data.digests["evaluation" if paper else "attack"],
+        images=context.data.digests[role],
         **more,
     )
 

@@ -1,12 +1,14 @@
 """The training loop every variant shares.
 
 Enters: a model, a split and a `Recipe`. Leaves: the same model, trained. It can be killed at any
-moment: the state after the last saved epoch is in the `partial` file, and every random draw
-derives from (seed, epoch), so a resumed run takes exactly the steps an uninterrupted one takes.
+moment: the state after the last saved step is in the `partial` file, that of the epoch's generator
+too, so a resumed run takes exactly the steps an uninterrupted one takes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from harness.models.resnet import ResNet
 from harness.training import augment
 
 SAVE_INTERVAL_SECONDS = 5.0
-"""At most this much training is lost to a kill, plus the epoch in progress."""
+"""At most this much training is lost to a kill, plus the step in progress, ..."""
+CHEAP_SAVE_SECONDS = 0.25
+"""... or so many times more as a save takes longer than this: large models are saved less often."""
 WARM_UP_FRACTION = 0.2
 """Share of a one-cycle schedule spent rising."""
 
@@ -47,6 +51,9 @@ class Recipe:
     flip: bool
     mixup_alpha: float | None = None
     cutout_size: int | None = None
+    nesterov: bool = False
+    precision: str = "fp32"
+    """`bf16`: products in bfloat16 on a GPU, weights and sums in float32; no effect elsewhere."""
     after_epoch: Callable[[ResNet], None] | None = None
     """Called after every epoch, before it is saved (soft filter pruning)."""
 
@@ -77,77 +84,109 @@ def train(
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
-        _parameter_groups(model, recipe), momentum=recipe.momentum, nesterov=False
+        _parameter_groups(model, recipe), momentum=recipe.momentum, nesterov=recipe.nesterov
     )
-    start = 0
+    at = _Position()
     saved = read_partial(partial, key=key)
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        start = int(saved["epoch"])
+        at = _Position(int(saved["epoch"]), int(saved.get("step", 0)), saved.get("generator", ""))
     images = torch.from_numpy(split.images).to(device)
     labels = torch.from_numpy(split.labels).to(device)
-    total = recipe.epochs * images.shape[0]
-    last_save = time.monotonic()
-    for epoch in range(start, recipe.epochs):
-        _train_epoch(
-            model,
-            optimizer,
-            images,
-            labels,
-            recipe,
-            seed=seed,
-            epoch=epoch,
-            progress=lambda done, base=epoch * images.shape[0]: progress(  # type: ignore[misc]
-                base + done, total, f"epoch {base // images.shape[0] + 1}/{recipe.epochs}"
-            ),
-        )
+    n = images.shape[0]
+    keeper = _Keeper(partial, key)
+    for epoch in range(at.epoch, recipe.epochs):
+        rng = np.random.default_rng((seed, epoch))
+        order = torch.from_numpy(rng.permutation(n)).to(device)
+        first = at.step if epoch == at.epoch else 0
+        if first:
+            rng.bit_generator.state = json.loads(at.generator)
+        for step, batch in enumerate(order.split(recipe.batch_size)):
+            if step < first:
+                continue
+            if batch.numel() < 2:  # batch norm has no variance over one image
+                break
+            done = step * recipe.batch_size
+            _set_learning_rate(optimizer, recipe, epoch + done / n)
+            _train_step(model, optimizer, images[batch], labels[batch], recipe, rng)
+            done += batch.numel()
+            if done < n and keeper.is_due():
+                state = json.dumps(rng.bit_generator.state)
+                keeper.save(model, optimizer, _Position(epoch, step + 1, state))
+            progress(epoch * n + done, recipe.epochs * n, f"epoch {epoch + 1}/{recipe.epochs}")
         if recipe.after_epoch is not None:
             recipe.after_epoch(model)
-        if time.monotonic() - last_save > SAVE_INTERVAL_SECONDS and epoch + 1 < recipe.epochs:
-            state = {
-                "epoch": epoch + 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            write_partial(partial, key=key, state=state)
-            last_save = time.monotonic()
+        if epoch + 1 < recipe.epochs and keeper.is_due():
+            keeper.save(model, optimizer, _Position(epoch + 1))
     model.eval()
 
 
-def _train_epoch(
+@dataclass(frozen=True)
+class _Position:
+    """The step that comes next."""
+
+    epoch: int = 0
+    step: int = 0
+    generator: str = ""
+    """State of the epoch's generator before it, as JSON; of no use before the first step."""
+
+
+class _Keeper:
+    """Saves unfinished training, as often as that is worth its time."""
+
+    def __init__(self, partial: Path, key: str) -> None:
+        self._partial, self._key = partial, key
+        self._last_save = time.monotonic()
+        self._cost = 0.0
+
+    def is_due(self) -> bool:
+        since = time.monotonic() - self._last_save
+        return since > SAVE_INTERVAL_SECONDS * max(1.0, self._cost / CHEAP_SAVE_SECONDS)
+
+    def save(self, model: ResNet, optimizer: torch.optim.Optimizer, at: _Position) -> None:
+        began = time.monotonic()
+        state = {
+            "epoch": at.epoch,
+            "step": at.step,
+            "generator": at.generator,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        write_partial(self._partial, key=self._key, state=state)
+        self._last_save = time.monotonic()
+        self._cost = self._last_save - began
+
+
+def _train_step(
     model: ResNet,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
+    pixels: Tensor,
+    y: Tensor,
     recipe: Recipe,
-    *,
-    seed: int,
-    epoch: int,
-    progress: Callable[[int], None],
+    rng: np.random.Generator,
 ) -> None:
-    rng = np.random.default_rng((seed, epoch))
-    n = images.shape[0]
-    order = torch.from_numpy(rng.permutation(n)).to(images.device)
     fill = model.normalise.mean_255
     model.train()
-    for start in range(0, n, recipe.batch_size):
-        batch = order[start : start + recipe.batch_size]
-        if batch.numel() < 2:  # batch norm has no variance over one image
-            break
-        _set_learning_rate(optimizer, recipe, epoch + start / n)
-        x, y = images[batch].float(), labels[batch]
-        if recipe.crop_padding:
-            x = augment.random_crop(x, padding=recipe.crop_padding, fill_255=fill, rng=rng)
-            if recipe.flip:
-                x = augment.random_flip(x, rng=rng)
-        if recipe.cutout_size is not None:
-            x = augment.cutout(x, size=recipe.cutout_size, fill_255=fill, rng=rng)
+    x = pixels.float()
+    if recipe.crop_padding:
+        x = augment.random_crop(x, padding=recipe.crop_padding, fill_255=fill, rng=rng)
+        if recipe.flip:
+            x = augment.random_flip(x, rng=rng)
+    if recipe.cutout_size is not None:
+        x = augment.cutout(x, size=recipe.cutout_size, fill_255=fill, rng=rng)
+    with _arithmetic(x.device, recipe):
         loss = _loss(model, x, y, recipe, rng)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        progress(min(start + recipe.batch_size, n))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _arithmetic(device: torch.device, recipe: Recipe) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision where the recipe asks for it and a GPU makes it pay."""
+    if recipe.precision == "bf16" and device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _loss(

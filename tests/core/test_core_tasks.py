@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.pipeline.estimate import elapsed_work
-from harness.pipeline.tasks import Progress, Silent, Task, run_tasks
+from harness.pipeline.tasks import Deadline, Progress, Silent, Task, run_tasks
+from harness.records import TimeLimitReached
 
 WAIT_SECONDS = 20.0
 
@@ -116,6 +118,58 @@ def test_a_failure_ends_the_others_and_is_what_the_user_sees(error: BaseExceptio
         run_tasks(tasks, Silent(), jobs=2)
     assert stopped.is_set()
     assert not unreached.is_set()
+
+
+class Ticks(Deadline):
+    """Over when it has been looked at so often: a clock that no load makes slower."""
+
+    def __init__(self, ticks: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "left", itertools.count(ticks, -1))
+
+    @property
+    def is_over(self) -> bool:
+        return next(self.left) <= 0  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_in_slices_of_time_the_work_gets_done(jobs: int) -> None:
+    built: set[str] = set()
+    starts: list[str] = []
+
+    def tenths(name: str) -> Callable[[Progress], None]:
+        def run(progress: Progress) -> None:
+            starts.append(name)
+            for tenth in range(10):
+                progress(tenth / 10, "")
+            built.add(name)
+
+        return run
+
+    tasks = [
+        Task("train", name, 1.0, lambda n=name: n in built, tenths(name), side_by_side=True)  # type: ignore[misc]
+        for name in "abcd"
+    ]
+    for _ in range(4):  # time for one task and a half, or for two at once and a bit
+        before = set(built)
+        with pytest.raises(TimeLimitReached) as stopped:
+            run_tasks(tasks, Silent(), jobs=jobs, deadline=Ticks(25))
+        assert stopped.value.exit_code == 124
+        assert f"{4 - len(built)} of 4 tasks left" in str(stopped.value)
+        assert built > before
+        if len(built) >= 2:
+            break
+    run_tasks(tasks, Silent(), jobs=jobs, deadline=Ticks(1000))
+    assert built == set("abcd")
+    assert len(starts) > len(built), "no slice ended within a task"
+
+
+def test_a_time_limit_that_is_over_builds_nothing_but_finished_work_is_no_failure() -> None:
+    done = Task("train", "a", 1.0, lambda: True, lambda _: pytest.fail("run"))
+    over = Deadline.after(0)
+    assert run_tasks([done], Silent(), deadline=over) == 0
+    with pytest.raises(TimeLimitReached, match="1 of 2 tasks left"):
+        run_tasks([done, task("b", lambda _: pytest.fail("run"))], Silent(), deadline=over)
 
 
 def test_estimates_know_what_runs_side_by_side() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from core_cases import CPU, spec, split, state_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.compression.sfp import zero_weakest_filters
 from harness.models.resnet import ResNet, build_model
@@ -96,6 +101,63 @@ def test_a_killed_run_continues_to_the_very_same_weights(
     )
     assert epochs == {"epoch 4/4"}
     assert final == expected
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.integers(1, 11), min_size=1, max_size=3))
+def test_killed_within_an_epoch_it_continues_there(kills: list[int]) -> None:
+    """However long an epoch is, work in it is not lost: three steps each, mixup and cutout."""
+    recipe = replace(RECIPE, cutout_size=4, mixup_alpha=1.0, nesterov=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(loop, "SAVE_INTERVAL_SECONDS", -1.0),
+    ):
+        expected = run(build_model(spec(), seed=1), recipe, Path(folder) / "whole.pt")
+        partial, steps = Path(folder) / "partial.pt", 0
+
+        def after(count: int) -> Callable[[int, int, str], None]:
+            def progress(_done: int, _total: int, _note: str) -> None:
+                nonlocal steps, count
+                steps, count = steps + 1, count - 1
+                if count == 0:
+                    raise Killed
+
+            return progress
+
+        for count in kills:
+            try:
+                final = run(build_model(spec(), seed=1), recipe, partial, progress=after(count))
+            except Killed:
+                continue
+            break
+        else:
+            final = run(build_model(spec(), seed=1), recipe, partial, progress=after(-1))
+    assert final == expected
+    # A step that was saved is not taken again; the last of an epoch is saved after its pruning.
+    assert steps <= 12 + len(kills)
+
+
+def test_a_large_model_is_saved_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_INTERVAL_SECONDS", 1e-6)
+    saves: list[Path] = []
+
+    def slow(path: Path, **_more: object) -> None:
+        saves.append(path)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(loop, "write_partial", slow)
+    run(build_model(spec(), seed=1), RECIPE, tmp_path / "p.pt")
+    assert len(saves) == 4 * 3 - 1  # after every step but the last
+    saves.clear()
+    monkeypatch.setattr(loop, "CHEAP_SAVE_SECONDS", 1e-12)  # the next is due in half a day
+    run(build_model(spec(), seed=1), RECIPE, tmp_path / "p.pt")
+    assert len(saves) == 1
+
+
+def test_mixed_precision_changes_nothing_on_a_cpu(tmp_path: Path) -> None:
+    plain = run(build_model(spec(), seed=1), RECIPE, tmp_path / "p.pt")
+    mixed = replace(RECIPE, precision="bf16")
+    assert run(build_model(spec(), seed=1), mixed, tmp_path / "p.pt") == plain
 
 
 def test_unfinished_work_of_another_key_is_ignored(
