@@ -103,8 +103,7 @@ CONTROLS = ("random", "chessboard")
 """Perturbations that no model was attacked to obtain; an attack that loses to them is weak."""
 
 BLOCKS_PER_STAGE: dict[str, tuple[int, ...]] = {"resnet18": (2, 2, 2, 2), "resnet20": (3, 3, 3)}
-"""Architectures: residual blocks in each stage; widths double from stage to stage. ResNet-20 is
-what the authors' quantised models were, all others being ResNet-18."""
+"""Residual blocks in each stage; widths double. The authors' quantised models were ResNet-20."""
 
 _BY_NAME = {variant.name: variant for variant in VARIANTS}
 _DERIVED_BY_NAME = {derived.name: derived for derived in DERIVED}

@@ -25,7 +25,7 @@ from harness.cli.options import (
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
-from harness.config import ATTACKS
+from harness.config_rules import ATTACKS
 from harness.records import CONTROLS, PAPER_ORDER, UsageError
 from harness.sources import is_ensemble, members
 

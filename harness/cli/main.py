@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from devices.plain import plain
-from harness.cli import attack, build, devices, experiment, exporting, inspect
+from harness.cli import attack, audit, build, devices, experiment, exporting, inspect
 from harness.records import HarnessError
 
 INTERRUPTED = 130
@@ -65,6 +65,7 @@ for command in (
     build.craft,
     exporting.export,
     attack.attack_device,
+    audit.audit,
     devices.devices,
     inspect.report,
     inspect.results,

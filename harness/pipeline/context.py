@@ -45,6 +45,8 @@ class Context:
     reporter: Reporter = field(default_factory=Silent)
     deadline: Deadline = field(default_factory=Deadline)
     """When `build` stops; by default never."""
+    loaded: Dataset | None = None
+    """The data set, where it is in memory already."""
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
     _headers: dict[tuple[str, int, int], tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -56,6 +58,8 @@ class Context:
     @cached_property
     def data(self) -> Dataset:
         """The data set in its roles, loaded once."""
+        if self.loaded is not None:
+            return self.loaded
         config = self.config
         # A path in harness.toml is of the folder one works in, as any; or beside harness.toml.
         beside = self.workspace.root / config.dataset

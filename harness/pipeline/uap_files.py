@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import replace
 
 from harness.artefacts import cache_key
-from harness.config import ATTACKS, MAX_EPS_255, MIN_EPS_255
+from harness.config_rules import ATTACKS, MAX_EPS_255, MIN_EPS_255
 from harness.crafting.perturbation import load_perturbation
 from harness.pipeline.attack_settings import craft_split, probed, settings_key, settings_of
 from harness.pipeline.checkpoints import checkpoint_key, valid_checkpoint

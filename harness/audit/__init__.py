@@ -1,0 +1,1 @@
+"""The audit: which undocumented choices carry the paper's conclusions."""

@@ -1,0 +1,98 @@
+"""Arms of the audit: workspaces that differ from the audited one by one choice each.
+
+Enters: the audited configuration. Leaves: that of an arm. The choices are those found in the
+authors' public code (github mataach/adversarial_ml, kenny-co/sgd-uap-torch), not in their paper.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from harness.config import Config, config_from_dict, to_toml
+
+BASE = "base"
+"""The audited workspace itself."""
+SEEDS = (BASE, "seed1", "seed2")
+"""Arms that differ in the seed only: as many training runs of every method."""
+SEEDS_FROM_FULL = ("sfp_from_full", "sfp_from_full_s1", "sfp_from_full_s2")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A workspace: the audited configuration with one choice changed."""
+
+    name: str
+    changes: dict[str, Any]
+    """Key of `harness.toml`, with its table -> value."""
+    what: str
+
+
+CRAFTED_ALIKE: dict[str, Any] = {
+    "protocol": "paper",
+    "attack": "sgd",
+    "craft.attack_images": 10_000,
+    "craft.batch_size": 250,
+    "craft.epochs": 5,
+}
+"""As many images as CIFAR-10 has for evaluation, and 200 steps, as the authors made."""
+
+ARMS = (
+    Arm(
+        "crafted_apart",
+        {**CRAFTED_ALIKE, "craft.split": "attack", "craft.batch_norm": "eval"},
+        "crafted on training images, batch norm in eval mode",
+    ),
+    Arm(
+        "crafted_on_test",
+        {**CRAFTED_ALIKE, "craft.split": "evaluation", "craft.batch_norm": "eval"},
+        "crafted on the evaluated images themselves",
+    ),
+    Arm(
+        "crafted_in_train_mode",
+        {**CRAFTED_ALIKE, "craft.split": "attack", "craft.batch_norm": "train"},
+        "crafted with batch norm in train mode",
+    ),
+    Arm("no_clamp", {"craft.beta": 1e6}, "loss not clamped"),
+    Arm("small_step", {"craft.step": 0.05}, "steps of eps / 20"),
+    Arm(
+        "large_step",
+        {"craft.step": 0.8, "craft.beta": 12.0},
+        "steps of 0.8 eps, clamp 12 (their later code)",
+    ),
+    Arm("unit_masks", {"train.pp_granularity": "unit"}, "PP masks single activations"),
+    Arm("seed1", {"seed": 1}, "all from another seed"),
+    Arm("seed2", {"seed": 2}, "all from a third seed"),
+    Arm("sfp_from_full", {"train.sfp_start": "full"}, "SFP goes on from Full"),
+    Arm("resnet20", {"arch": "resnet20"}, "ResNet-20"),
+    Arm("not_augmented", {"train.crop_padding": 0}, "trained without crops and flips"),
+    Arm("sfp_keep_90", {"train.sfp_keep": 0.9}, "SFP keeps 90 % of the filters"),
+    Arm("sfp_keep_10", {"train.sfp_keep": 0.1}, "SFP keeps 10 % of the filters"),
+    Arm(
+        "sfp_from_full_s1", {"train.sfp_start": "full", "seed": 1}, "SFP goes on from Full, seed 1"
+    ),
+    Arm(
+        "sfp_from_full_s2", {"train.sfp_start": "full", "seed": 2}, "SFP goes on from Full, seed 2"
+    ),
+)
+"""Those without training first, then by what they tell: a time limit may cut the rest."""
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name; the audited workspace is one that changes nothing."""
+    arms = (Arm(BASE, {}, "as configured"), *ARMS)
+    return next(arm for arm in arms if arm.name == name)
+
+
+def config_of(arm: Arm, audited: Config) -> Config:
+    """The arm's configuration.
+
+    Raises:
+        UsageError: the change does not go with the rest of the configuration.
+    """
+    values = tomllib.loads(to_toml(audited))
+    for key, value in arm.changes.items():
+        table, _, name = key.rpartition(".")
+        (values[table] if table else values)[name] = value
+    return config_from_dict(values, where=f"audit, arm {arm.name}")

@@ -1,0 +1,328 @@
+"""Questions of the audit: which models and perturbations of which arms are compared.
+
+Enters: nothing. Leaves: `QUESTIONS`. What was trained once counts once: meetings that share it are
+one unit, averaged. A difference between two methods that were each trained once may be one between
+two seeds, so methods are compared over the arms `SEEDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harness.audit.arms import BASE, SEEDS, SEEDS_FROM_FULL, arm_named
+from harness.records import CONTROLS
+
+SOURCES = ("full", "sfp", "pp3", "q4")
+"""The whole model, and one variant of every method."""
+COMPRESSED = SOURCES[1:]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A model under a perturbation, each of some arm; `source` None: under none."""
+
+    victim_arm: str
+    victim: str
+    source_arm: str = BASE
+    source: str | None = None
+    attack: str = ""
+    """What crafts the perturbation; empty: what its arm is configured for."""
+
+
+Unit = tuple[Meeting, ...]
+"""Meetings that share what was trained once: averaged, they count as one."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Error rate of `changed` minus that of `reference`."""
+
+    label: str
+    changed: tuple[Unit, ...]
+    reference: tuple[Unit, ...]
+    paired: bool = True
+    """Whether unit i of both belong together."""
+
+    @property
+    def meetings(self) -> tuple[Meeting, ...]:
+        return tuple(m for unit in (*self.changed, *self.reference) for m in unit)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One choice, and what it might carry."""
+
+    name: str
+    title: str
+    authors: str
+    """What they did, or concluded."""
+    if_shown: str
+    """What follows where the first contrast shows a difference."""
+    if_none: str
+    """What follows where it shows that there is none that matters."""
+    contrasts: tuple[Contrast, ...]
+
+    @property
+    def meetings(self) -> tuple[Meeting, ...]:
+        """All that must be measured for it, without repeats."""
+        return tuple(dict.fromkeys(m for contrast in self.contrasts for m in contrast.meetings))
+
+
+def _each(meetings: Iterable[Meeting]) -> tuple[Unit, ...]:
+    return tuple((meeting,) for meeting in meetings)
+
+
+def _own(arm: str, variant: str, attack: str = "") -> Meeting:
+    """White-box."""
+    return Meeting(arm, variant, arm, variant, attack)
+
+
+# --- crafting ------------------------------------------------------------------------------------
+
+
+def _of_base(arm: str) -> tuple[Unit, ...]:
+    """The audited models, each under what the arm crafts on it."""
+    return _each(Meeting(BASE, name, arm, name) for name in SOURCES)
+
+
+def _from_full(arm: str) -> tuple[Unit, ...]:
+    """The audited compressed models under what the arm crafts on Full."""
+    return _each(Meeting(BASE, name, arm, "full") for name in COMPRESSED)
+
+
+def _crafting(arms: tuple[str, ...], against: str) -> tuple[Contrast, ...]:
+    contrasts = []
+    for arm in arms:
+        what = arm_named(arm).what
+        contrasts += [
+            Contrast(f"white-box: {what}", _of_base(arm), _of_base(against)),
+            Contrast(f"Full's on the others: {what}", _from_full(arm), _from_full(against)),
+        ]
+    return tuple(contrasts)
+
+
+def _attack() -> Question:
+    reference = _of_base(BASE)
+    momentum = _each(_own(BASE, name, "momentum") for name in SOURCES)
+    contrasts = [Contrast("white-box: attack momentum instead", momentum, reference)]
+    contrasts += [
+        Contrast(
+            f"{control}, which nobody crafted",
+            _each(Meeting(BASE, name, BASE, control) for name in SOURCES),
+            reference,
+        )
+        for control in CONTROLS
+    ]
+    return Question(
+        "attack",
+        "Is the attack strong enough to compare methods by?",
+        "SGD-UAP, one start; a chessboard beats their published UAP on five of ten CIFAR-10 models",
+        "White-box rates by their attack are no upper bound: rank methods by a stronger one.",
+        "A stronger attack finds no more: their attack is strong enough here.",
+        tuple(contrasts),
+    )
+
+
+# --- what was trained ----------------------------------------------------------------------------
+
+
+def _unit_masks() -> Question:
+    arm, pruned = "unit_masks", ("pp2", "pp3", "pp4")
+
+    def contrast(label: str, changed: list[Meeting], reference: list[Meeting]) -> Contrast:
+        return Contrast(label, _each(changed), _each(reference))
+
+    return Question(
+        "unit_masks",
+        "Does it matter that PP masked single activations, not channels?",
+        "a fixed mask on single activations of Full, without fine-tuning; no computation is saved",
+        "What they found of PP is of unit masks, which save nothing, not of pruned channels.",
+        "Unit masks and channel masks are equally robust: the conclusion carries over.",
+        (
+            contrast("white-box", [_own(arm, p) for p in pruned], [_own(BASE, p) for p in pruned]),
+            contrast(
+                "PP's on Full",
+                [Meeting(BASE, "full", arm, p) for p in pruned],
+                [Meeting(BASE, "full", BASE, p) for p in pruned],
+            ),
+            contrast(
+                "Full's on PP",
+                [Meeting(arm, p, BASE, "full") for p in pruned],
+                [Meeting(BASE, p, BASE, "full") for p in pruned],
+            ),
+        ),
+    )
+
+
+def _architecture() -> Question:
+    bits = ("q2", "q3", "q4")
+    pairs = (
+        ("both ResNet-18", BASE, BASE),
+        ("both ResNet-20", "resnet20", "resnet20"),
+        ("as theirs, Q ResNet-20 and Full ResNet-18", "resnet20", BASE),
+    )
+    contrasts = []
+    for what, quantised, full in pairs:
+        own = _each(_own(quantised, q) for q in bits)
+        whole, theirs = _own(full, "full"), [Meeting(quantised, q, full, "full") for q in bits]
+        contrasts += [
+            Contrast(f"white-box, Q minus Full: {what}", own, ((whole,),), paired=False),
+            Contrast(f"on Q, Full's minus its own: {what}", _each(theirs), own),
+        ]
+    return Question(
+        "architecture",
+        "How much of what quantisation does is ResNet-20?",
+        "their Q2-Q4 are ResNet-20, compared with a ResNet-18 Full: lower white-box UER, and Full's"
+        " UAP beating their own, read as gradient masking",
+        "Quantising Full itself changes its white-box robustness.",
+        "Quantising Full itself leaves its white-box robustness as it is.",
+        tuple(contrasts),
+    )
+
+
+def _sfp_training() -> Question:
+    contrasts = []
+    for arm in ("not_augmented", "sfp_keep_90", "sfp_keep_10"):
+        what = arm_named(arm).what
+        compared = {
+            "white-box": (_own(arm, "sfp"), _own(BASE, "sfp")),
+            "Full's on SFP": (
+                Meeting(arm, "sfp", BASE, "full"),
+                Meeting(BASE, "sfp", BASE, "full"),
+            ),
+            "SFP's on Full": (
+                Meeting(BASE, "full", arm, "sfp"),
+                Meeting(BASE, "full", BASE, "sfp"),
+            ),
+            "clean error": (Meeting(arm, "sfp"), Meeting(BASE, "sfp")),
+        }
+        contrasts += [
+            Contrast(f"{label}: {what}", ((changed,),), ((reference,),))
+            for label, (changed, reference) in compared.items()
+        ]
+    return Question(
+        "sfp_training",
+        "Is it SFP, or how SFP was trained?",
+        "SFP at 79.5 % clean accuracy on CIFAR-10, far below what pruning 10 % costs: probably "
+        "without augmentation, or over-pruned",
+        "How SFP is trained changes its robustness: a ranking of methods must fix it.",
+        "Augmentation does not carry what they found of SFP.",
+        tuple(contrasts),
+    )
+
+
+# --- seeds ---------------------------------------------------------------------------------------
+
+
+def _within(victim: str, source: str) -> tuple[Unit, ...]:
+    """Victim and source of one seed: where one is made from the other, they share weights."""
+    return _each(Meeting(seed, victim, seed, source) for seed in SEEDS)
+
+
+def _across(victim: str, source: str) -> tuple[Unit, ...]:
+    """Victims under the perturbations of the other seeds' sources: nothing is shared."""
+    return tuple(
+        tuple(Meeting(seed, victim, other, source) for other in SEEDS if other != seed)
+        for seed in SEEDS
+    )
+
+
+def _seeds() -> Question:
+    from_full = _each(
+        Meeting(arm, "sfp", seed, "full") for arm, seed in zip(SEEDS_FROM_FULL, SEEDS, strict=True)
+    )
+    return Question(
+        "seeds",
+        "How much of “SFP blocks transfer” is only “another seed”?",
+        "SFP, trained apart from Full, is compared with PP and Q, which share Full's weights; one "
+        "training run each",
+        "A perturbation crafted on one Full harms SFP less than that Full, as they report.",
+        "A perturbation crafted on one Full harms SFP as much as that Full: not as they report.",
+        (
+            Contrast(
+                "Full's on SFP minus on Full itself (their comparison)",
+                _within("sfp", "full"),
+                _within("full", "full"),
+            ),
+            Contrast(
+                "Full's on SFP minus on another seed's Full",
+                _across("sfp", "full"),
+                _across("full", "full"),
+            ),
+            Contrast(
+                "SFP's minus another seed's Full's, both on Full",
+                _across("full", "sfp"),
+                _across("full", "full"),
+            ),
+            Contrast(
+                "Full's on SFP that goes on from it minus on SFP from scratch",
+                from_full,
+                _within("sfp", "full"),
+            ),
+            Contrast(
+                "Full's on PP3 of another seed minus on PP3 made from it",
+                _across("pp3", "full"),
+                _within("pp3", "full"),
+            ),
+            Contrast(
+                "Full's on Q4 of another seed minus on Q4 made from it",
+                _across("q4", "full"),
+                _within("q4", "full"),
+            ),
+        ),
+    )
+
+
+def _methods() -> Question:
+    contrasts = [
+        Contrast(
+            f"white-box, {name.upper()} minus Full", _within(name, name), _within("full", "full")
+        )
+        for name in COMPRESSED
+    ]
+    contrasts.append(
+        Contrast("on Q4, Full's minus its own", _within("q4", "full"), _within("q4", "q4"))
+    )
+    return Question(
+        "methods",
+        "Do the methods differ in white-box robustness, over three training seeds?",
+        "robustness of compressed models is comparable to Full's; quantisation masks gradients",
+        "SFP and Full differ in white-box robustness, beyond the seed.",
+        "SFP and Full are equally robust to white-box attack.",
+        tuple(contrasts),
+    )
+
+
+QUESTIONS = (
+    Question(
+        "split",
+        "Does it matter that UAPs were crafted on the test images?",
+        "crafted and evaluated on the same test split",
+        "Their rates are partly fitted to the very images they are judged on.",
+        "A universal perturbation does not profit from having seen the test images.",
+        _crafting(("crafted_on_test",), "crafted_apart"),
+    ),
+    Question(
+        "batch_norm",
+        "Does it matter that batch norm was in train mode while crafting?",
+        "batch statistics for all quantised, all SVHN and all targeted runs",
+        "UAPs were crafted on another function than the one they are judged on, and it shows.",
+        "Crafting in train mode does not carry their conclusions.",
+        _crafting(("crafted_in_train_mode",), "crafted_apart"),
+    ),
+    _attack(),
+    Question(
+        "loss_and_step",
+        "Do the clamp and the step size matter?",
+        "loss clamped at 8, steps of eps / 5 without decay",
+        "The clamp decides how strong the attack is.",
+        "The clamp changes nothing that matters.",
+        _crafting(("no_clamp", "small_step", "large_step"), BASE),
+    ),
+    _unit_masks(),
+    _seeds(),
+    _methods(),
+    _architecture(),
+    _sfp_training(),
+)

@@ -1,0 +1,180 @@
+"""The audit: the arms' workspaces, built, crafted in and evaluated question by question.
+
+Enters: the context of the audited workspace. Leaves: `audit/<arm>/` beside its `harness.toml`, each
+a workspace like any other, and whose images which model got wrong. Checkpoints that do not depend
+on an arm's change are taken from another arm, not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from devices.local import LocalDevice
+from harness.artefacts import write_atomic
+from harness.audit.arms import ARMS, BASE, arm_named, config_of
+from harness.audit.questions import Meeting, Question
+from harness.config import Config, to_toml
+from harness.data.dataset import Dataset
+from harness.pipeline.checkpoints import (
+    checkpoint_key,
+    train_tasks,
+    valid_checkpoint,
+    with_parents,
+)
+from harness.pipeline.context import Context
+from harness.pipeline.experiment import attack_tasks
+from harness.pipeline.tasks import Task
+from harness.pipeline.uap_files import valid_uap
+from harness.pipeline.uap_names import transfer_name
+from harness.pipeline.uaps import craft_tasks
+from harness.records import CONTROLS, UsageError
+from harness.sampling import RunKey, by_machine
+from harness.workspace import CONFIG_NAME, UapName, Workspace
+
+Wrong = npt.NDArray[np.bool_]
+"""[N], of every evaluation image whether the model errs on it."""
+
+
+@dataclass
+class Audit:
+    """The audited workspace and its arms."""
+
+    context: Context
+    _arms: dict[str, Context] = field(default_factory=dict)
+    _data: dict[tuple[object, ...], Dataset] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the arms are."""
+        return self.context.workspace.root / "audit"
+
+    def arm(self, name: str) -> Context:
+        """The context of an arm; arms with the same images share them.
+
+        Raises:
+            UsageError: the arm would be evaluated on other images, or cannot be configured so.
+        """
+        if name == BASE:
+            return self.context
+        if name not in self._arms:
+            config = config_of(arm_named(name), self.context.config)
+            of = (config.craft.attack_images, config.eval.images, config.seed)
+            if of not in self._data:
+                self._data[of] = self._load(config)
+            workspace = Workspace(self.folder / name, config)
+            self._arms[name] = replace(self.context, workspace=workspace, loaded=self._data[of])
+        return self._arms[name]
+
+    def uap_name(self, meeting: Meeting) -> UapName | None:
+        """The perturbation of a meeting, as its arm calls it; None where there is none."""
+        if meeting.source is None:
+            return None
+        context = self.arm(meeting.source_arm)
+        name = transfer_name(context, meeting.source)
+        own = meeting.attack == context.config.attack or meeting.source in CONTROLS
+        return replace(name, attack="" if own else meeting.attack)
+
+    def run(self, question: Question) -> int:
+        """Measure what a question needs and the stores lack. Returns how many tasks were run.
+
+        Raises:
+            TimeLimitReached: the deadline of the context is over.
+        """
+        ran = 0
+        for name in _in_order(question.meetings):
+            context = self.arm(name)
+            if name != BASE:
+                text = to_toml(context.config).encode()
+                path = context.workspace.root / CONFIG_NAME
+                if not path.exists() or path.read_bytes() != text:
+                    write_atomic(path, text)
+            variants = _variants(question, name)
+            self._adopt(context, variants)
+            uaps = [self.uap_name(m) for m in question.meetings if m.source_arm == name]
+            tasks = train_tasks(context, variants)
+            tasks += craft_tasks(context, [uap for uap in uaps if uap is not None])
+            ran += context.build(tasks)
+        for name in _in_order(question.meetings):
+            ran += self.arm(name).build(self._evaluations(question, name))
+        return ran
+
+    def wrong(self, meeting: Meeting) -> Wrong | None:
+        """What the model of a meeting got wrong; None where that is not measured."""
+        context, uap = self.arm(meeting.victim_arm), self.uap_name(meeting)
+        onnx, uap_sha256 = context.workspace.onnx(meeting.victim), None
+        if uap is not None:
+            source = self.arm(meeting.source_arm)
+            if not valid_uap(source, uap):
+                return None
+            uap_sha256 = source.sha256(source.workspace.uap(uap))
+        if not (onnx.exists() and context.workspace.results.exists()):
+            return None
+        model, evaluation = context.sha256(onnx), context.data.digests["evaluation"]
+        with context.open_store() as store:
+            runs = by_machine(
+                store.predictions_of(model_sha256=model, evaluation_sha256=evaluation),
+                images={evaluation: len(context.data.evaluation)},
+            )
+        key = RunKey(model, evaluation, uap_sha256, "local", False, "onnxruntime")
+        found = next((run for run in runs.get(key, []) if run.complete), None)
+        if found is None:
+            return None
+        wrong: Wrong = found.predictions != context.data.evaluation.labels
+        return wrong
+
+    def _load(self, config: Config) -> Dataset:
+        workspace = Workspace(self.context.workspace.root, config)
+        data = replace(self.context, workspace=workspace).data
+        if data.digests["evaluation"] != self.context.data.digests["evaluation"]:
+            raise UsageError(
+                f"eval.images = {config.eval.images} draws other images for another seed, and the "
+                "audit compares seeds on the same ones: set eval.images = 0 in harness.toml"
+            )
+        return data
+
+    def _evaluations(self, question: Question, arm: str) -> list[Task]:
+        context, tasks = self.arm(arm), []
+        mine = [m for m in question.meetings if m.victim_arm == arm]
+        for victim in dict.fromkeys(m.victim for m in mine):
+            paths = []
+            for meeting in mine:
+                uap = self.uap_name(meeting)
+                if meeting.victim == victim and uap is not None:
+                    # Whole paths: this arm's own file of the same name is another.
+                    paths.append(str(self.arm(meeting.source_arm).workspace.uap(uap).absolute()))
+            tasks += attack_tasks(
+                context, variants=[victim], onnx_files=[], uaps=paths, device=LocalDevice()
+            )[0]
+        return tasks
+
+    def _adopt(self, context: Context, variants: Iterable[str]) -> None:
+        """Take valid checkpoints of the same key from other arms, parents first."""
+        others = [self.context, *self._arms.values()]
+        for variant in with_parents(context, list(variants)):
+            if valid_checkpoint(context, variant):
+                continue
+            key = checkpoint_key(context, variant)
+            for other in others:
+                if valid_checkpoint(other, variant) and checkpoint_key(other, variant) == key:
+                    theirs = other.workspace.checkpoint(variant.name)
+                    write_atomic(context.workspace.checkpoint(variant.name), theirs.read_bytes())
+                    break
+
+
+def _in_order(meetings: Sequence[Meeting]) -> list[str]:
+    """The arms that take part, the audited workspace first."""
+    part = {arm for m in meetings for arm in (m.victim_arm, m.source_arm)}
+    return [name for name in (BASE, *(arm.name for arm in ARMS)) if name in part]
+
+
+def _variants(question: Question, arm: str) -> list[str]:
+    """What an arm trains for a question."""
+    found = [m.victim for m in question.meetings if m.victim_arm == arm]
+    sources = [m.source for m in question.meetings if m.source_arm == arm]
+    found += [s for s in sources if s is not None and s not in CONTROLS]
+    return list(dict.fromkeys(found))

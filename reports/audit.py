@@ -1,0 +1,212 @@
+"""The audit's write-up: what each undocumented choice changes, with intervals, and what follows.
+
+Enters: the questions, and which images every measured meeting got wrong. Leaves: `audit.md` and
+`audit.json`. The same measurements give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.audit.questions import Contrast, Meeting, Question, Unit
+from harness.bootstrap import Estimate, difference
+from reports.inference import ALPHA, holm
+from reports.words import p_value
+
+MARGIN = 0.05
+"""Five points: a smaller difference would change no one's choice of a method."""
+
+Wrong = npt.NDArray[np.bool_]
+Measured = Callable[[Meeting], Wrong | None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One contrast, measured."""
+
+    label: str
+    units: int
+    reference_units: int
+    rate: float
+    reference_rate: float
+    difference: Estimate
+    each: tuple[float, ...]
+    """Difference of every pair of units; empty where units are not paired."""
+    p_adjusted: float
+
+    @property
+    def verdict(self) -> str:
+        """raises, lowers, none (smaller than the margin) or undecided."""
+        found = self.difference
+        if max(-found.low, found.high) < MARGIN:
+            return "none"
+        if self.p_adjusted < ALPHA and (found.low > 0 or found.high < 0):
+            return "raises" if found.value > 0 else "lowers"
+        return "undecided"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, as far as it was measured."""
+
+    question: Question
+    findings: tuple[Finding, ...]
+    missing: tuple[str, ...]
+    """Labels of contrasts that were not measured."""
+
+    @property
+    def conclusion(self) -> str:
+        """One plain sentence, of the first contrast."""
+        first = self.question.contrasts[0].label
+        found = next((f for f in self.findings if f.label == first), None)
+        if found is None:
+            return "Not measured."
+        size = (
+            f"{100 * found.difference.value:+.1f} points"
+            f" ({100 * found.difference.low:+.1f} to {100 * found.difference.high:+.1f})"
+        )
+        if found.verdict == "none":
+            return f"{self.question.if_none} {size}, inside \u00b1{100 * MARGIN:.0f} points."
+        if found.verdict == "undecided":
+            return f"Undecided here: {size}."
+        return f"{self.question.if_shown} {size}."
+
+
+def answers(questions: Sequence[Question], measured: Measured) -> list[Answer]:
+    """Every question's findings; p-values are Holm-adjusted over all of them together."""
+    found: list[tuple[Question, Contrast, list[Wrong], list[Wrong], Estimate]] = []
+    missing: dict[str, list[str]] = {question.name: [] for question in questions}
+    for question in questions:
+        for contrast in question.contrasts:
+            changed = _rates(contrast.changed, measured)
+            reference = _rates(contrast.reference, measured)
+            if changed is None or reference is None:
+                missing[question.name].append(contrast.label)
+                continue
+            estimate = difference(
+                np.stack(changed), np.stack(reference), same_seeds=contrast.paired
+            )
+            found.append((question, contrast, changed, reference, estimate))
+    adjusted = holm([estimate.p for *_, estimate in found])
+    findings: dict[str, list[Finding]] = {question.name: [] for question in questions}
+    for (question, contrast, changed, reference, estimate), p in zip(found, adjusted, strict=True):
+        pairs = zip(changed, reference, strict=True) if contrast.paired else ()
+        findings[question.name].append(
+            Finding(
+                label=contrast.label,
+                units=len(changed),
+                reference_units=len(reference),
+                rate=float(np.mean([unit.mean() for unit in changed])),
+                reference_rate=float(np.mean([unit.mean() for unit in reference])),
+                difference=estimate,
+                each=tuple(float(one.mean() - other.mean()) for one, other in pairs),
+                p_adjusted=p,
+            )
+        )
+    return [Answer(q, tuple(findings[q.name]), tuple(missing[q.name])) for q in questions]
+
+
+def _rates(units: Sequence[Unit], measured: Measured) -> list[Any] | None:
+    """[N] of every unit: the share of its meetings in which an image is wrong; None if unknown."""
+    rates = []
+    for unit in units:
+        wrong = [measured(meeting) for meeting in unit]
+        if any(one is None for one in wrong):
+            return None
+        rates.append(np.mean([one for one in wrong if one is not None], axis=0))
+    return rates
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+METHOD = (
+    "Rates are UER at the reference budget unless they say clean error. Differences are in points,"
+    " with 95 % intervals over images and units (hierarchical bootstrap); p-values are"
+    f" Holm-adjusted over the whole audit. Less than \u00b1{100 * MARGIN:.0f} points is called"
+    " no difference that matters.",
+    "A unit is what was trained, or crafted on, once. With one unit the interval covers images"
+    " only, not another training run.",
+)
+WORDS = {
+    "raises": "raises",
+    "lowers": "lowers",
+    "none": "no difference that matters",
+    "undecided": "undecided",
+}
+
+
+def markdown_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
+    """The write-up: facts of the run, a conclusion per question, one table."""
+    lines = [
+        "# Audit: which undocumented choices carry the paper's conclusions?",
+        "",
+        *(f"- {fact}" for fact in facts),
+        *(f"- {line}" for line in METHOD),
+        "",
+        "## Conclusions",
+        "",
+    ]
+    for answer in found:
+        question = answer.question
+        lines += [f"**{question.title}** Theirs: {question.authors}. {answer.conclusion}", ""]
+    lines += [
+        "## All contrasts",
+        "",
+        "| question | contrast | units | rate | reference | difference | 95 % | each | p | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for answer in found:
+        lines += [_row(answer.question.name, finding) for finding in answer.findings]
+        lines += [
+            f"| {answer.question.name} | {label} | | | | not measured | | | | |"
+            for label in answer.missing
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(question: str, finding: Finding) -> str:
+    gap = finding.difference
+    units = f"{finding.units}"
+    if finding.reference_units != finding.units:
+        units += f" / {finding.reference_units}"
+    cells = (
+        question,
+        finding.label,
+        units,
+        f"{100 * finding.rate:.1f}",
+        f"{100 * finding.reference_rate:.1f}",
+        f"{100 * gap.value:+.1f}",
+        f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}",
+        " ".join(f"{100 * value:+.1f}" for value in finding.each),
+        p_value(finding.p_adjusted),
+        WORDS[finding.verdict],
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def json_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
+    """The same as data; rates and differences are fractions."""
+    content = {
+        "facts": list(facts),
+        "margin": MARGIN,
+        "questions": [
+            {
+                "name": answer.question.name,
+                "title": answer.question.title,
+                "authors": answer.question.authors,
+                "conclusion": answer.conclusion,
+                "contrasts": [
+                    {**asdict(finding), "verdict": finding.verdict} for finding in answer.findings
+                ],
+                "not_measured": list(answer.missing),
+            }
+            for answer in found
+        ],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,97 @@
+"""`harness audit` on a tiny workspace: arms are built once, in slices too, and never mixed up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from cli_cases import CONFIG, Tiny, harness, snapshot, succeeded
+
+ATTACK = 'attack = "sgd"\n'
+
+
+def workspace(tiny: Tiny, root: Path) -> Path:
+    root.mkdir()
+    text = CONFIG.format(npz=tiny.npz).replace("preset", ATTACK + "preset", 1)
+    (root / "harness.toml").write_text(text)
+    return root
+
+
+def test_one_question_from_nothing_and_again_at_once(tiny: Tiny, tmp_path: Path) -> None:
+    root = workspace(tiny, tmp_path / "w")
+    out = succeeded(harness("audit", "--question", "split", "--workspace", root, cwd=tmp_path)).out
+    assert out.strip() == str(root / "audit" / "audit.md")
+    arms = {path.name for path in (root / "audit").iterdir() if path.is_dir()}
+    assert arms == {"crafted_apart", "crafted_on_test"}
+    for arm in arms:  # nothing of the arm bears on training: the models are the workspace's
+        for name in ("full", "sfp", "pp3", "q4"):
+            theirs = (root / "audit" / arm / "cache" / f"{name}.pt").read_bytes()
+            assert theirs == (root / "cache" / f"{name}.pt").read_bytes()
+    report = json.loads((root / "audit" / "audit.json").read_text())
+    asked = {entry["name"]: entry for entry in report["questions"]}
+    assert [len(c["each"]) for c in asked["split"]["contrasts"]] == [4, 3]
+    assert asked["seeds"]["contrasts"] == []
+    assert asked["seeds"]["conclusion"] == "Not measured."
+    before = snapshot(root)
+    again = succeeded(harness("audit", "--question", "split", "--workspace", root, cwd=tmp_path))
+    assert "train" not in again.err
+    after = snapshot(root)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"audit/audit.md", "audit/audit.json"} | {
+        name for name in before if "results.db" in name
+    }
+    assert {name: after[name][0] for name in after if name.startswith("audit/audit.")} == {
+        name: before[name][0] for name in before if name.startswith("audit/audit.")
+    }
+
+
+def test_in_slices_it_ends_where_a_whole_run_does(tiny: Tiny, tmp_path: Path) -> None:
+    root = workspace(tiny, tmp_path / "w")
+    command = ("audit", "--question", "unit_masks", "--workspace", root, "--time-limit")
+    codes = []
+    while not codes or codes[-1] == 124:
+        done = harness(*command, "2s" if len(codes) < 3 else "10m", cwd=tmp_path)
+        codes.append(done.code)
+        assert "Traceback" not in done.err
+    assert codes[-1] == 0
+    assert 124 in codes
+    report = json.loads((root / "audit" / "audit.json").read_text())
+    (asked,) = (entry for entry in report["questions"] if entry["name"] == "unit_masks")
+    assert [c["units"] for c in asked["contrasts"]] == [3, 3, 3]
+    # The arm's PP models are its own, its Full is the workspace's.
+    arm = root / "audit" / "unit_masks" / "cache"
+    assert (arm / "pp2.pt").read_bytes() != (root / "cache" / "pp2.pt").read_bytes()
+    assert (arm / "full.pt").read_bytes() == (root / "cache" / "full.pt").read_bytes()
+
+
+def test_seeds_on_other_images_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    root = workspace(tiny, tmp_path / "w")
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("images = 100", "images = 60"))
+    done = harness("audit", "--question", "seeds", "--workspace", root, cwd=tmp_path)
+    assert done.code == 2
+    assert (
+        done.err.strip().splitlines()[-1].startswith("error: eval.images = 60 draws other images")
+    )
+
+
+def test_questions_are_listed_and_unknown_ones_named(tmp_path: Path) -> None:
+    listed = succeeded(harness("audit", "--list", cwd=tmp_path)).out
+    assert [line.split()[0] for line in listed.splitlines()][:3] == [
+        "split",
+        "batch_norm",
+        "attack",
+    ]
+    done = harness("audit", "--question", "speed", cwd=tmp_path)
+    assert done.code == 2
+    assert "no question 'speed': choose from split" in done.err
+    assert harness("audit", cwd=tmp_path).code == 2  # no workspace here
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_test_images_are_what_the_arm_crafts_on(tiny: Tiny) -> None:
+    """The tiny set's evaluation and training images differ: or the arm would be none."""
+    data = np.load(tiny.npz)
+    train = {image.tobytes() for image in data["train_x"]}
+    assert not any(image.tobytes() in train for image in data["test_x"])

@@ -1,0 +1,134 @@
+"""The audit's write-up on planted measurements: what is there is found, what is not is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.audit.questions import QUESTIONS, Contrast, Meeting, Question
+from reports.audit import MARGIN, answers, json_text, markdown_text
+
+N = 4000
+FACTS = ["planted"]
+Wrong = npt.NDArray[np.bool_]
+
+
+def planted(rate: Callable[[Meeting], float], *, seed: int = 0) -> Callable[[Meeting], Wrong]:
+    """Errors of each meeting, at its rate, the same images being hard for all."""
+    hardness = np.random.default_rng(seed).random(N)
+
+    def measured(meeting: Meeting) -> Wrong:
+        own = np.random.default_rng([seed, *repr(meeting).encode()]).random(N)
+        wrong: Wrong = 0.5 * (hardness + own) < rate(meeting)
+        return wrong
+
+    return measured
+
+
+def question(name: str) -> Question:
+    return next(q for q in QUESTIONS if q.name == name)
+
+
+def test_where_nothing_differs_nothing_is_claimed() -> None:
+    found = answers(QUESTIONS, planted(lambda _meeting: 0.5))
+    verdicts = [finding.verdict for answer in found for finding in answer.findings]
+    assert len(verdicts) == sum(len(q.contrasts) for q in QUESTIONS)
+    assert set(verdicts) <= {"none", "undecided"}
+    assert "none" in verdicts
+
+
+def test_a_planted_effect_is_found_with_its_sign_and_size() -> None:
+    def rate(meeting: Meeting) -> float:
+        return 0.7 if meeting.source_arm == "crafted_on_test" else 0.5
+
+    (answer,) = answers([question("split")], planted(rate))
+    for finding in answer.findings:
+        assert finding.verdict == "raises"
+        # P((a + b) / 2 < .7) - P((a + b) / 2 < .5) for uniform a, b.
+        assert finding.difference.value == pytest.approx(1 - 2 * 0.3**2 - 0.5, abs=0.02)
+        assert finding.difference.low <= finding.difference.value <= finding.difference.high
+        assert len(finding.each) == finding.units
+    assert answer.conclusion.startswith(answer.question.if_shown)
+
+
+def test_another_seed_is_told_from_another_method() -> None:
+    """SFP as any other seed: their comparison shows a gap, the one with another Full none."""
+
+    def rate(meeting: Meeting) -> float:
+        shared = meeting.victim_arm == meeting.source_arm and meeting.victim != "sfp"
+        return 0.8 if shared else 0.4
+
+    (answer,) = answers([question("seeds")], planted(rate))
+    verdicts = {finding.label: finding.verdict for finding in answer.findings}
+    assert verdicts["Full's on SFP minus on Full itself (their comparison)"] == "lowers"
+    assert verdicts["Full's on SFP minus on another seed's Full"] == "none"
+    assert verdicts["Full's on PP3 of another seed minus on PP3 made from it"] == "lowers"
+
+
+def test_units_that_disagree_leave_it_undecided() -> None:
+    up = {"full": 0.75, "sfp": 0.3, "pp3": 0.65, "q4": 0.35}
+
+    def rate(meeting: Meeting) -> float:
+        return up[meeting.victim] if meeting.source_arm == "crafted_on_test" else 0.5
+
+    (answer,) = answers([question("split")], planted(rate))
+    assert answer.findings[0].verdict == "undecided"
+    assert answer.conclusion.startswith("Undecided")
+
+
+def test_what_was_not_measured_is_named_and_breaks_nothing() -> None:
+    whole = planted(lambda _meeting: 0.5)
+    (answer,) = answers(
+        [question("seeds")], lambda m: None if "seed2" in (m.victim_arm, m.source_arm) else whole(m)
+    )
+    assert answer.findings == ()
+    assert set(answer.missing) == {c.label for c in answer.question.contrasts}
+    assert answer.conclusion == "Not measured."
+    assert markdown_text([answer], facts=FACTS).count("not measured") == len(answer.missing)
+
+
+def test_the_files_say_the_same_and_are_the_same_bytes_every_time() -> None:
+    measured = planted(lambda meeting: 0.6 if meeting.source_arm == "no_clamp" else 0.5)
+    texts = [
+        (markdown_text(found, facts=FACTS), json_text(found, facts=FACTS))
+        for found in (answers(QUESTIONS, measured) for _ in range(2))
+    ]
+    assert texts[0] == texts[1]
+    markdown, content = texts[0][0], json.loads(texts[0][1])
+    for entry in content["questions"]:
+        assert entry["conclusion"] in markdown
+        for contrast in entry["contrasts"]:
+            assert f"| {contrast['label']} |" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert len({row.count(" | ") for row in rows[1:]}) == 1, "a table with ragged rows"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.integers(0, 1000))
+def test_a_verdict_agrees_with_its_interval(one: float, other: float, seed: int) -> None:
+    meetings = [Meeting("base", v, "base", v) for v in ("full", "sfp", "pp3", "q4")]
+    theirs = [Meeting("base", v, "no_clamp", v) for v in ("full", "sfp", "pp3", "q4")]
+    asked = Question(
+        *("x", "X?", "did", "Shown.", "None."),
+        (Contrast("c", tuple((m,) for m in theirs), tuple((m,) for m in meetings)),),
+    )
+    measured = planted(lambda m: one if m.source_arm == "no_clamp" else other, seed=seed)
+    (answer,) = answers([asked], measured)
+    (finding,) = answer.findings
+    low, high = finding.difference.low, finding.difference.high
+    assert (
+        finding.verdict
+        in {
+            "none": ["none"] if max(-low, high) < MARGIN else ["raises", "lowers", "undecided"],
+        }["none"]
+    )
+    if finding.verdict == "raises":
+        assert low > 0
+    if finding.verdict == "lowers":
+        assert high < 0
