@@ -152,7 +152,7 @@ def test_a_wrong_type_is_named_with_its_value(values: dict[str, Any], named: str
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"arch": "vgg"}, "arch = 'vgg', but it must be one of ['resnet18']"),
+        ({"arch": "vgg"}, "arch = 'vgg', but it must be one of ['resnet18', 'resnet20']"),
         ({"protocol": "dirty"}, "protocol = 'dirty'"),
         ({"attack": "deepfool"}, "attack = 'deepfool'"),
         ({"width": 0}, "width = 0"),
