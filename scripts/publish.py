@@ -1,0 +1,144 @@
+"""Keep a finished workspace as a published result: everything the report says, in a few megabytes.
+
+Enters: a workspace that `harness run` finished, and a folder. Leaves in the folder: the
+configuration, the results store (raw predictions, timings, perturbations; compressed), the report
+made from it, every perturbation file, and how it was made. `--again FOLDER` makes the report of a
+published store anew, for when the report itself changed.
+
+    python scripts/publish.py workspace reports/published/cifar10 --title "CIFAR-10, reduced scale"
+    python scripts/publish.py --again reports/published/cifar10
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import lzma
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+from pathlib import Path
+
+from harness.records import PredictionRun
+from harness.store import Store, open_store
+from reports.report import write_report
+
+STORE = "results.db.xz"
+UAPS = "uaps.tar.xz"
+TEMPLATE = """\
+# {title}
+
+{note}
+
+| | |
+|---|---|
+| commit | {commits} |
+| measured | {first} to {last} |
+| hardware | {machines} |
+| PyTorch, onnxruntime | {versions} |
+| dataset | {dataset}: {images:,} evaluation images, sha256 {digest} |
+| prediction runs | {runs:,} |
+
+Made by, with the data file beside `harness.toml`:
+
+```console
+$ harness run
+$ python scripts/publish.py . {folder}
+```
+
+`harness.toml` holds every seed and setting. The report, from the stored predictions alone:
+
+```console
+$ xz --decompress --keep {store} && harness report --workspace . --out report
+```
+
+- `report/index.html`: the report; beside it CSV, JSON, Markdown, LaTeX
+- `{store}`: every raw prediction and timing (SQLite)
+- `{uaps}`: every perturbation, as `harness attack-device --uap` takes it
+"""
+
+
+def publish(workspace: Path, folder: Path, *, title: str, note: str) -> None:
+    """Write the folder; an older one of the same name is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(workspace / "harness.toml", folder / "harness.toml")
+    with tempfile.TemporaryDirectory() as scratch:
+        compact = Path(scratch) / "results.db"
+        source = sqlite3.connect(workspace / "results.db")
+        source.execute("VACUUM INTO ?", (str(compact),))
+        source.close()
+        packed = lzma.compress(compact.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
+        (folder / STORE).write_bytes(packed)
+        with open_store(compact, create=False) as store:
+            facts = _facts(store)
+    (folder / UAPS).write_bytes(_uaps(workspace / "cache"))
+    again(folder)
+    text = TEMPLATE.format(
+        title=title, note=note, folder=folder.name, store=STORE, uaps=UAPS, **facts
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def again(folder: Path) -> None:
+    """The report of the published store."""
+    with tempfile.TemporaryDirectory() as scratch:
+        store_file = Path(scratch) / "results.db"
+        store_file.write_bytes(lzma.decompress((folder / STORE).read_bytes()))
+        shutil.rmtree(folder / "report", ignore_errors=True)
+        with open_store(store_file, create=False) as store:
+            write_report(store, folder / "report")
+
+
+def _uaps(cache: Path) -> bytes:
+    """Reproducible: sorted names, no times, no owners."""
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as archive:
+        for path in sorted(cache.glob("*_eps*.pt")):
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(path.name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return lzma.compress(plain.getvalue(), preset=9 | lzma.PRESET_EXTREME)
+
+
+def _facts(store: Store) -> dict[str, object]:
+    stored = list(store.predictions())
+    runs: list[PredictionRun] = [one.run for one in stored]
+    sets = store.evaluation_sets()
+    newest = list(sets.values())[-1]
+    when = sorted(one.created_at for one in stored)
+    return {
+        "commits": ", ".join(sorted({one.git_commit or "unknown" for one in stored})),
+        "first": when[0][:16],
+        "last": when[-1][:16],
+        "machines": "; ".join(sorted({f"{r.machine.cpu}, {r.machine.cores} cores" for r in runs})),
+        "versions": ", ".join(
+            sorted({f"{r.runtime} {r.machine.runtime_version}" for r in runs}, reverse=True)
+        ),
+        "dataset": newest.dataset,
+        "images": len(newest.labels),
+        "digest": newest.sha256[:16],
+        "runs": len(runs),
+    }
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("workspace", nargs="?", type=Path)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--title", default="Published results")
+    parser.add_argument("--note", default="")
+    parser.add_argument("--again", type=Path, metavar="FOLDER")
+    given = parser.parse_args()
+    if given.again is not None:
+        again(given.again)
+    elif given.workspace is None or given.folder is None:
+        parser.error("name a workspace and a folder, or --again FOLDER")
+    else:
+        publish(given.workspace, given.folder, title=given.title, note=given.note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What is published is what the stored predictions say: the report comes out of them again."""
+
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+
+import pytest
+
+from harness.store import open_store
+from reports.report import write_report
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "reports" / "published"
+FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/results.db.xz"))
+AGAIN = "the report changed: python scripts/publish.py --again reports/published/{}, and look at it"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_published_report_is_made_of_the_published_store(folder: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "results.db"
+    stored.write_bytes(lzma.decompress((folder / "results.db.xz").read_bytes()))
+    with open_store(stored, create=False) as store:
+        write_report(store, tmp_path / "report")
+    names = {path.name for path in (folder / "report").iterdir()}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == names
+    for name in sorted(names):
+        same = (tmp_path / "report" / name).read_bytes() == (folder / "report" / name).read_bytes()
+        assert same, f"{name}: {AGAIN.format(folder.name)}"
+
+
+def test_nothing_large_is_published() -> None:
+    size = sum(path.stat().st_size for path in PUBLISHED.rglob("*") if path.is_file())
+    assert size < 12 * 2**20, "a clone stays small: leave out what can be made again"
