@@ -35,7 +35,7 @@ TREE = sorted(commands(), key=lambda item: item[0])
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    wanted = "init run plan train craft export attack-device devices report results doctor"
+    wanted = "init run plan train craft export attack-device audit devices report results doctor"
     assert set(cli.commands) == set(wanted.split())
 
 

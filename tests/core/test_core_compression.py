@@ -380,7 +380,8 @@ def test_the_same_seed_trains_the_same_bytes(name: str, tmp_path: Path) -> None:
 
 def change(value: Any) -> Any:
     if isinstance(value, str):
-        return {"step": "one_cycle", "channel": "unit", "layer": "stage"}[value]
+        other = {"step": "one_cycle", "channel": "unit", "layer": "stage"}
+        return (other | {"fp32": "bf16", "scratch": "full"})[value]
     return (*value, 99) if isinstance(value, tuple) else value / 2 if value else 1
 
 
@@ -422,6 +423,12 @@ def test_only_what_matters_makes_a_variant_stale() -> None:
         "apot_alpha_lr_activation",
         "apot_alpha_lr_weight",
     }
+    assert {"nesterov", "precision"} <= keys["full"]
+    assert "sfp_start" in keys["sfp"]
+    # An option that is new changes no key while it is off: nobody's models are trained again.
+    assert not {"nesterov", "precision", "sfp_start"} & set(
+        relevant_config(variant_named("sfp"), Config())
+    )
     for name in keys:
         other = dataclasses.replace(Config(), width=32)
         variant = variant_named(name)
