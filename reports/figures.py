@@ -86,6 +86,7 @@ def curve_panel(
             "full": {"color": METHOD_COLOURS["full"], "lw": 1.1, "zorder": 2},
             "chessboard": {"color": _SOFT, "lw": 1.3, "ls": (0, (1.2, 1.6)), "zorder": 3},
             "random": {"color": _SOFT, "lw": 1.2, "ls": (0, (5, 2.5)), "zorder": 3},
+            "paper": {"color": _INK, "lw": 1.3, "ls": (0, (5, 2.5)), "zorder": 5},
         }
         for line in lines:
             axes.plot(line.xs, [100 * y for y in line.ys], **styles[line.kind])

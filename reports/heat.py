@@ -24,6 +24,8 @@ class HeatCell:
     background: str
     dark: bool
     own: bool
+    sub: str = ""
+    """Small print below."""
 
 
 @dataclass(frozen=True)

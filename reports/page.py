@@ -39,9 +39,9 @@ SECTIONS = (
 )
 
 
-def html_text(view: View) -> str:
-    """The whole page."""
-    environment = Environment(
+def environment() -> Environment:
+    """How every page is rendered: escaped, and an unknown name is an error."""
+    return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -49,8 +49,18 @@ def html_text(view: View) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.get_template("report.html")
+
+
+def html_text(view: View, *, paper: str = "") -> str:
+    """The whole page.
+
+    Args:
+        view: what it is about.
+        paper: what the page against the paper says, in a sentence; empty where there is none.
+    """
+    template = environment().get_template("report.html")
     return template.render(
+        paper=paper,
         sections=SECTIONS,
         headline=headline(view),
         chips=_chips(view),

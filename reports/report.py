@@ -1,8 +1,8 @@
-"""`write_report`: the store in, six files out.
+"""`write_report`: the store in, six files out; two more where the paper has the data set.
 
 Enters: an open `Store` and a folder. Leaves: `index.html`, `results.csv`, `results.json`,
-`report.md`, `tables.tex`, `masking.json`, each written whole or not at all. The same store gives
-the same bytes.
+`report.md`, `tables.tex`, `masking.json`, and for CIFAR-10 and SVHN `paper.html` and `paper.json`,
+each written whole or not at all. The same store gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class ReportPaths:
     markdown: Path
     latex: Path
     masking: Path
+    paper: Path | None = None
+    """The page against the paper, for CIFAR-10 and SVHN."""
+    paper_json: Path | None = None
 
 
 def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> ReportPaths:
@@ -37,9 +40,12 @@ def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> R
     """
     # matplotlib and jinja2 wait until there is something to draw.
     from reports import masking_table, page, tables
+    from reports.paper.page import paper_files
     from reports.selection import build_view
 
     view = build_view(store, device=device)
+    against = paper_files(view)
+    paper, paper_json = out_dir / "paper.html", out_dir / "paper.json"
     paths = ReportPaths(
         html=out_dir / "index.html",
         csv=out_dir / "results.csv",
@@ -47,6 +53,8 @@ def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> R
         markdown=out_dir / "report.md",
         latex=out_dir / "tables.tex",
         masking=out_dir / "masking.json",
+        paper=paper if against else None,
+        paper_json=paper_json if against else None,
     )
     texts = {
         paths.csv: tables.csv_text(view),
@@ -54,12 +62,17 @@ def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> R
         paths.markdown: tables.markdown_text(view),
         paths.latex: tables.latex_text(view),
         paths.masking: masking_table.masking_text(view),
-        paths.html: page.html_text(view),  # last: who sees the page finds what lies beside it
     }
+    if against:
+        texts |= {paper_json: against.json, paper: against.html}
+    # Last: who sees the page finds what lies beside it.
+    texts[paths.html] = page.html_text(view, paper=against.sentence if against else "")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
             _write(path, text)
+        for path in () if against else (paper, paper_json):
+            path.unlink(missing_ok=True)  # of another data set
     except OSError as error:
         reason = error.strerror or str(error)
         raise HarnessError(

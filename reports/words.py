@@ -87,6 +87,11 @@ def interval(low: float | None, high: float | None) -> str:
     return f"{100 * low:.1f}{DASH}{100 * high:.1f}"
 
 
+def interval_of_points(low: float, high: float) -> str:
+    """An interval of a difference of fractions, in signed percentage points."""
+    return f"{points(low)} to {points(high)}"
+
+
 def p_value(value: float) -> str:
     return f"p{NBSP}<{NBSP}0.001" if value < 0.001 else f"p{NBSP}={NBSP}{value:.3f}"
 

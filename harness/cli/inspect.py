@@ -36,7 +36,8 @@ def report(root: Path, device_name: str | None, out: Path | None, as_json: bool)
     with open_store(workspace.results, create=False) as store:
         paths = write_report(store, out or workspace.report, device=device_name)
     if as_json:
-        click.echo(json.dumps({name: str(path) for name, path in asdict(paths).items()}))
+        written = {name: str(path) for name, path in asdict(paths).items() if path is not None}
+        click.echo(json.dumps(written))
     else:
         click.echo(str(paths.html))
 

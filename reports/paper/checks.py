@@ -1,0 +1,190 @@
+"""The tests behind the verdicts on the paper's claims.
+
+Enters: cells of a `Study`. Leaves: differences with intervals, p-values and one of three states.
+A check compares the mean rate of some cells with `factor` times the mean rate of others on the same
+images: exact McNemar and Tango's interval for two single perturbations, else the bootstrap of
+`harness.bootstrap`. p-values are Holm-adjusted over every check of the page. Intervals are
+simultaneous over the checks of a claim (Bonferroni), so that one of many does not decide by chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from harness import metrics
+from harness.bootstrap import CONFIDENCE, difference
+from harness.metrics import UNSEEN
+from harness.records import ResultRow
+from reports.inference import ALPHA
+from reports.paper.study import Cell
+from reports.view import View
+
+MARGIN = 0.05
+"""Two rates that differ by less than this are called as good as equal."""
+GREATLY = 0.10
+"""The same where the paper says "not greatly"."""
+_ALL_IMAGES = 10**9
+"""The images that could have been drawn: an interval is not of these images alone."""
+
+Expects = Literal["lower", "higher", "same"]
+State = Literal["yes", "no", "open"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The first cells' mean rate is claimed to be lower, higher, or the same as the second's."""
+
+    name: str
+    first: tuple[Cell, ...]
+    second: tuple[Cell, ...]
+    expects: Expects
+    factor: float = 1.0
+    """Times the second: a claim about a ratio is one about such a difference."""
+    margin: float = MARGIN
+
+    @property
+    def published(self) -> tuple[float, float]:
+        """Both means, from the paper's numbers."""
+        return _mean([c.published for c in self.first]), _mean([c.published for c in self.second])
+
+    @property
+    def published_difference(self) -> float:
+        first, second = self.published
+        return first - self.factor * second
+
+    @property
+    def supported(self) -> bool:
+        """Whether the paper's own numbers are as it says; they come without intervals."""
+        found = self.published_difference
+        if self.expects == "same":
+            return abs(found) <= self.margin
+        return found < 0 if self.expects == "lower" else found > 0
+
+    @property
+    def missing(self) -> list[str]:
+        """What was not measured."""
+        return [cell.what for cell in (*self.first, *self.second) if cell.here is None]
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """A check's difference on the images that all of its rows saw."""
+
+    first: float
+    second: float
+    value: float
+    low: float
+    high: float
+    p: float
+    """Adjusted by `decide`; as estimated, for itself."""
+    n: int
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A check and what came of it."""
+
+    check: Check
+    found: Estimated
+    state: State
+
+
+def estimate(view: View, check: Check, *, level: float) -> Estimated | None:
+    """The difference with its interval at `level`; None where no image is in all rows."""
+    first = _repeats(view, check.first)
+    second = _repeats(view, check.second)
+    rows = [row for repeats in (*first, *second) for row in repeats]
+    predicted = [view.predictions(row) for row in rows]
+    known = [p for p in predicted if p is not None]
+    if len(known) < len(rows) or not known:
+        return None
+    seen = (np.stack(known) != UNSEEN).all(axis=0)
+    if not seen.any():
+        return None
+    hits = [[_hits(view, row)[seen] for row in repeats] for repeats in (*first, *second)]
+    one = np.mean([np.mean(h, axis=0) for h in hits[: len(first)]], axis=0)
+    other = np.mean([np.mean(h, axis=0) for h in hits[len(first) :]], axis=0)
+    means = float(one.mean()), float(other.mean())
+    single = len(first) == len(second) == 1 and check.factor == 1.0
+    if single and len(rows) == 2:
+        return _exact(hits[0][0], hits[1][0], means, level)
+    if single:  # one perturbation each, of several crafting seeds: they are drawn too
+        sides = np.stack(hits[0]), np.stack(hits[1])
+        same = [row.uap_sha256 for row in first[0]] == [row.uap_sha256 for row in second[0]]
+        found = difference(*sides, same_seeds=same)
+    else:
+        found = difference(one[None], check.factor * other[None], same_seeds=True)
+    wider = _quantile(level) / _quantile(CONFIDENCE)
+    return Estimated(
+        *means,
+        found.value,
+        found.value - wider * (found.value - found.low),
+        found.value + wider * (found.high - found.value),
+        found.p,
+        found.n,
+    )
+
+
+def _exact(
+    one: npt.NDArray[np.bool_],
+    other: npt.NDArray[np.bool_],
+    means: tuple[float, float],
+    level: float,
+) -> Estimated:
+    gained, lost = int(np.count_nonzero(one & ~other)), int(np.count_nonzero(other & ~one))
+    low, high = metrics.paired_difference(
+        gained, lost, one.size, population=_ALL_IMAGES, confidence=level
+    )
+    value, p = (gained - lost) / one.size, metrics.mcnemar(one, other)
+    return Estimated(*means, value, low, high, p, one.size)
+
+
+def _repeats(view: View, cells: tuple[Cell, ...]) -> list[tuple[ResultRow, ...]]:
+    return [view.repeats(cell.row) for cell in cells if cell.row is not None]
+
+
+def _hits(view: View, row: ResultRow) -> npt.NDArray[np.bool_]:
+    """Where the attack has its way: images misclassified, or predicted as the target."""
+    predicted = view.predictions(row)
+    assert predicted is not None
+    labels = np.asarray(view.evaluation.labels, dtype=np.int64)
+    found: npt.NDArray[np.bool_] = (
+        predicted != labels if row.target is None else predicted == row.target
+    )
+    return found
+
+
+def state_of(check: Check, found: Estimated) -> State:
+    """`found.p` is adjusted.
+
+    "Same" is shown by an interval within the margin and refuted by one outside. A direction is
+    shown by the test, and refuted by the test the other way or by an interval that leaves less
+    than the margin of what is claimed.
+    """
+    if check.expects == "same":
+        if -check.margin < found.low and found.high < check.margin:
+            return "yes"
+        return "no" if found.low > check.margin or found.high < -check.margin else "open"
+    sign = -1.0 if check.expects == "lower" else 1.0
+    if found.p < ALPHA:
+        return "yes" if sign * found.value > 0 else "no"
+    most = max(sign * found.low, sign * found.high)
+    return "no" if most < check.margin else "open"
+
+
+def simultaneous(checks: int) -> float:
+    """The level of each of so many intervals that together hold at 95 % (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, checks)
+
+
+def _quantile(level: float) -> float:
+    return float(stats.norm.ppf(0.5 + level / 2))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,209 @@
+"""This run beside the paper: whether they compare at all, and every number of one with the other's.
+
+Enters: a `View`. Leaves: a `Study`, or None where the data set is not one of the paper's; its cells
+hold a published rate and, where it was measured, the row of the same quantity.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from harness.records import ResultRow
+from reports.inference import rate_of
+from reports.paper.values import Paper, Published, paper
+from reports.view import VariantView, View
+from reports.words import label_of, listed
+
+REFERENCE_EPS = 10.0
+"""The budget of the paper's Figures 2, 3 and 4."""
+_NAME = re.compile(r"(cifar10|svhn)(?!\d)", re.IGNORECASE)
+_IMAGES = re.compile(r"([\d,]+) train / ([\d,]+) test images")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One quantity: the published rate, and the row of it here."""
+
+    what: str
+    """In words, to name it where it is missing."""
+    published: float
+    row: ResultRow | None
+
+    @property
+    def here(self) -> float | None:
+        """The rate that the paper's metric gives the row: TSR if targeted, else the error rate."""
+        if self.row is None:
+            return None
+        return rate_of(self.row) if self.row.target is None else self.row.tsr
+
+
+@dataclass(frozen=True)
+class Study:
+    """One of the paper's data sets, with this run's rows if they are of the same one."""
+
+    view: View
+    paper: Paper
+    published: Published
+    title: str
+    """What this run's data set may be called."""
+    eps: float
+    """The budget claims are judged at."""
+    elsewhere: bool = False
+    """About the data set that this run is not of: no cell has a row."""
+
+    def about(self, key: str) -> Study:
+        """The same about another data set of the paper; itself for its own."""
+        if key == self.published.key:
+            return self
+        return replace(self, published=self.paper.datasets[key], elsewhere=True)
+
+    def variant(self, name: str) -> VariantView | None:
+        if self.elsewhere:
+            return None
+        return next((v for v in self.view.variants if v.name == name), None)
+
+    def clean(self, name: str) -> Cell:
+        """The error rate on clean images."""
+        here = self.variant(name)
+        rate = 1 - self.published.clean_accuracy[name]
+        return Cell(f"{label_of(name)} on clean images", rate, here.clean if here else None)
+
+    def attacked(self, victim: str, source: str, eps: float | None = None) -> Cell:
+        """UER of a source's perturbation, from Figure 2 (at the judged budget by default)."""
+        eps = self.eps if eps is None else eps
+        here = self.variant(victim)
+        return Cell(
+            f"{label_of(victim)} under the perturbation of {label_of(source)}",
+            self.published.transfer_uer[eps][victim][source],
+            here.by_eps.get(eps, {}).get(source) if here else None,
+        )
+
+    def white_box(self, name: str, eps: float) -> Cell:
+        """UER of a variant's own perturbation, from Figure 1."""
+        here = self.variant(name)
+        row = here.by_eps.get(eps, {}).get(name) if here else None
+        return Cell(f"{label_of(name)} white-box", self.published.white_box_uer[eps][name], row)
+
+    def control(self, name: str, control: str, eps: float) -> Cell:
+        here = self.variant(name)
+        return Cell(
+            f"{label_of(name)} under the {label_of(control)} control",
+            self.published.controls[control][eps][name],
+            here.by_eps.get(eps, {}).get(control) if here else None,
+        )
+
+    @property
+    def targeted_eps(self) -> float:
+        """The budget of the targeted attacks: this run's where the paper has it too, else 10."""
+        own = self.view.targeted_eps
+        return own if own is not None and own in self.published.tsr else REFERENCE_EPS
+
+    def targeted(self, name: str, target: int) -> Cell:
+        """TSR of a variant's own perturbation towards a class, from Figures 3 and 4."""
+        here = self.variant(name) if self.view.targeted_eps == self.targeted_eps else None
+        return Cell(
+            f"{label_of(name)} steered to class {target}",
+            self.published.tsr[self.targeted_eps][name][target],
+            here.targeted.get(target) if here else None,
+        )
+
+    @property
+    def budgets(self) -> list[float]:
+        """Every budget of a transfer matrix that both have, the judged one first."""
+        shared = [e for e in self.view.transfer_budgets if e in self.published.transfer_uer]
+        return sorted(shared, key=lambda eps: (eps != self.eps, eps))
+
+
+def study_of(view: View) -> Study | None:
+    """The comparison with the paper, where the evaluated data set is one of its two."""
+    found = _NAME.match(view.evaluation.dataset)
+    if found is None or len(view.evaluation.classes) != 10:
+        return None
+    published = paper().datasets[found.group(1).lower()]
+    shared = [eps for eps in view.transfer_budgets if eps in published.transfer_uer]
+    eps = REFERENCE_EPS if REFERENCE_EPS in shared or not shared else shared[0]
+    return Study(view, paper(), published, _title(view, published), eps)
+
+
+def _title(view: View, published: Published) -> str:
+    """The data set's name; a part of it says of how many images it is."""
+    counts = _IMAGES.search(view.evaluation.note)
+    whole = f"{published.train_images:,}", f"{published.test_images:,}"
+    if counts is not None and counts.groups() != whole:
+        return f"{published.title} (partial: {counts[1]} train / {counts[2]} test images)"
+    if "partial" in view.evaluation.dataset.lower():
+        return f"{published.title} (partial)"
+    return published.title
+
+
+# --- scale ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A part of the set-up, here and in the paper."""
+
+    name: str
+    here: str
+    paper: str
+    differs: bool = False
+
+
+def facts(study: Study) -> list[Fact]:
+    """The set-up as the store records it, beside the paper's."""
+    view, theirs, setup = study.view, study.published, study.paper.setup
+    models = [v.model for v in view.variants]
+    protocol, attack, seed = view.craft or ("", "", 0)
+    clean = [v.clean.n for v in view.variants if v.clean is not None]
+    images = min(clean, default=len(view.evaluation.labels))
+    seeds = sorted({r.seed for g in view.seeds.values() for r in g.rows if r.seed is not None})
+    training_seeds = sorted({m.seed for m in models if m.seed is not None})
+    return [
+        Fact("data set", study.title, theirs.title, study.title != theirs.title),
+        _fact("architecture", {m.arch for m in models}, setup.arch),
+        _fact("width", {str(m.width) for m in models}, str(setup.width)),
+        _fact("preset", {m.preset for m in models}, setup.preset),
+        Fact("training", "epochs: not recorded in the results store", theirs.training),
+        _fact("protocol", {protocol} - {""}, setup.protocol),
+        _fact("attack", {attack} - {""}, setup.attack),
+        Fact("crafting", _crafting(view), "10 epochs over the test images"),
+        Fact("images evaluated", f"{images:,}", f"{theirs.test_images:,}",
+             images != theirs.test_images),
+        Fact("training seeds per model", "1 (seed " + listed([str(s) for s in training_seeds])
+             + ")" if training_seeds else "not recorded", "1"),
+        Fact("crafting seeds", listed([str(s) for s in seeds or [seed]]) if view.craft else "none",
+             "1, not recorded"),
+    ]  # fmt: skip
+
+
+def _fact(name: str, here: set[str], theirs: str) -> Fact:
+    return Fact(name, listed(sorted(here)) or "none", theirs, here != {theirs})
+
+
+def _crafting(view: View) -> str:
+    """Passes over how many images, where every perturbation drawn was made alike."""
+    found = set()
+    for variant in view.variants:
+        for row in variant.curve:
+            record = view.uaps.get(row.uap_sha256 or "")
+            meta = record.meta if record is not None else {}
+            settings, images = meta.get("settings"), meta.get("images")
+            epochs = settings.get("epochs") if isinstance(settings, dict) else None
+            if isinstance(epochs, int) and isinstance(images, int):
+                found.add(f"{epochs:,} epochs over {images:,} images")
+    return found.pop() if len(found) == 1 else "not alike" if found else "not recorded"
+
+
+def scale_text(study: Study) -> str:
+    """What may be compared: values, or only directions."""
+    apart = [f"{f.name} {f.here} (the paper: {f.paper})" for f in facts(study) if f.differs]
+    if not apart:
+        return (
+            "What the results store records of the set-up is the paper\u2019s, so values may be"
+            " compared, with the caveats at the end of this page in mind."
+        )
+    return (
+        f"This run is not at the paper\u2019s scale: {'; '.join(apart)}. Values are not comparable,"
+        " only directions are: who is above whom, and whether a claim\u2019s pattern shows."
+    )

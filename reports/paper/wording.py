@@ -1,0 +1,211 @@
+"""Judged claims as the page prints them: what was claimed, found there and found here.
+
+Enters: judged claims of a `Study`. Leaves: plain strings and tables of text, escaped where printed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from reports.inference import ALPHA
+from reports.method import TextTable
+from reports.paper.checks import Check, Decided, State
+from reports.paper.judging import Judged, Met, Word, tests_made
+from reports.paper.study import Study
+from reports.signals import masking_verdicts
+from reports.words import DASH, interval_of_points, listed, p_value, percent, plural, points
+
+TONES: dict[Word, str] = {
+    "holds here": "yes",
+    "does not hold here": "no",
+    "undecided here": "open",
+    "cannot be judged here": "none",
+}
+_STATES: dict[State, str] = {"yes": "shown", "no": "refuted", "open": "open"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A demand: what is claimed, by the paper's numbers, and here."""
+
+    words: str
+    paper: str
+    here: str
+
+
+@dataclass(frozen=True)
+class ClaimText:
+    """A claim on the page."""
+
+    anchor: str
+    title: str
+    quote: str
+    section: str
+    word: Word
+    tone: str
+    why: str
+    own: str
+    """Whether the paper's own numbers are as it says."""
+    parts: tuple[Part, ...]
+    remark: str
+    rule: str
+    caution: str
+    table: TextTable | None
+
+
+def claim_texts(study: Study, judged: list[Judged]) -> list[ClaimText]:
+    return [
+        ClaimText(
+            anchor=j.claim.anchor,
+            title=j.claim.title,
+            quote=j.claim.quote,
+            section=j.claim.section,
+            word=j.word,
+            tone=TONES[j.word],
+            why=j.why,
+            own=_own_numbers(j),
+            parts=tuple(_part(met) for met in j.met),
+            remark=_remark(study, j, judged),
+            rule=j.claim.rule,
+            caution=j.claim.caution,
+            table=_table(j),
+        )
+        for j in judged
+    ]
+
+
+def lead(study: Study, judged: list[Judged]) -> str:
+    """The page in one or two sentences."""
+    words = Counter(j.word for j in judged)
+    able = len(judged) - words["cannot be judged here"]
+    if not able:
+        return (
+            f"None of the paper\u2019s {len(judged)} claims looked at can be judged from what was"
+            f" measured on {study.title}: what is missing is said with each."
+        )
+    holds, fails, neither = (
+        words[word] for word in ("holds here", "does not hold here", "undecided here")
+    )
+    return (
+        f"Of {len(judged)} claims of the paper, {able} can be judged on {study.title}:"
+        f" {plural(holds, 'holds', 'hold')} here, {plural(fails, 'does', 'do')} not,"
+        f" {plural(neither, 'is', 'are')} undecided."
+    )
+
+
+def tests_text(study: Study, judged: list[Judged]) -> str:
+    """How the verdicts were reached."""
+    return (
+        f"Claims are judged at \u03b5 = {study.eps:g}/255, targeted ones at"
+        f" {study.targeted_eps:g}/255, from raw predictions of the same images: exact McNemar for"
+        " two perturbations, a bootstrap over images where rates are averaged or scaled (over"
+        f" crafting seeds too where each side is one perturbation of several). All"
+        f" {plural(tests_made(judged), 'test')} of this page are one Holm family, at"
+        f" {percent(ALPHA)}; the intervals of a claim hold together at 95 % (Bonferroni). A"
+        " direction is refuted where the other one is shown, or where the interval"
+        " leaves less than 5 points of it (none, where the claim is about a ratio)."
+    )
+
+
+def _own_numbers(judged: Judged) -> str:
+    if judged.supported is None:
+        return ""
+    return "are as it says" if judged.supported else "are not as it says, by this rule"
+
+
+def _part(met: Met) -> Part:
+    checks = met.demand.checks
+    if len(checks) == 1:
+        return Part(met.demand.words, _paper_one(checks[0]), _here_one(met))
+    count = sum(check.supported for check in checks)
+    span = _span([check.published_difference for check in checks])
+    paper = f"{count} of {len(checks)} as claimed; differences {span}."
+    return Part(met.demand.words, paper, _here_many(met))
+
+
+def _paper_one(check: Check) -> str:
+    return f"{_sides(*check.published, check.factor)}, {points(check.published_difference)} points."
+
+
+def _here_one(met: Met) -> str:
+    if not met.decided:
+        return ""
+    found = met.decided[0].found
+    return (
+        f"{_sides(found.first, found.second, met.demand.checks[0].factor)}, {points(found.value)}"
+        f" points [{interval_of_points(found.low, found.high)}], {p_value(found.p)}."
+    )
+
+
+def _here_many(met: Met) -> str:
+    if not met.decided:
+        return ""
+    states = Counter(d.state for d in met.decided)
+    said = [f"{states['yes']} of {len(met.decided)} shown"]
+    said += [f"{states['no']} refuted"] if states["no"] else []
+    said += [f"{states['open']} open"] if states["open"] else []
+    return f"{listed(said)}; differences {_span([d.found.value for d in met.decided])}."
+
+
+def _span(values: list[float]) -> str:
+    return f"{points(min(values))} to {points(max(values))} points"
+
+
+def _sides(first: float, second: float, factor: float) -> str:
+    times = "" if factor == 1.0 else f"{factor:g} \u00d7 "
+    return f"{percent(first)} against {times}{percent(second)}"
+
+
+def _remark(study: Study, judged: Judged, every: list[Judged]) -> str:
+    """What this report knows beside the tests."""
+    if judged.claim.anchor == "q-masking":
+        words = {
+            v.variant.label: v.word
+            for v in masking_verdicts(study.view)
+            if v.variant.method == "apot"
+        }
+        said = listed([f"{label} {word}" for label, word in words.items()])
+        return f"This report\u2019s own verdicts on gradient masking: {said}." if said else ""
+    if judged.claim.anchor == "datasets":
+        able = [j for j in every if j.word != "cannot be judged here"]
+        said = "; ".join(f"{j.claim.title}: {j.word.removesuffix(' here')}" for j in able)
+        return f"{study.published.title}\u2019s part: {said or 'nothing could be judged'}."
+    return ""
+
+
+def _table(judged: Judged) -> TextTable | None:
+    """Every comparison of a claim; the paper's alone where it could not be made here."""
+    head: tuple[str, ...] = ("Compared", "Paper", "Difference, points")
+    decided = judged.decided
+    checks = [check for met in judged.met for check in met.demand.checks]
+    if not checks:
+        return None
+    if not decided:
+        return TextTable(head, tuple(_published_cells(check) for check in checks))
+    head = (*head, "Here", "Difference, points", "Interval", "Adjusted p", "As claimed")
+    return TextTable(head, tuple(_published_cells(d.check) + _cells(d) for d in decided))
+
+
+def _published_cells(check: Check) -> tuple[str, ...]:
+    return (
+        check.name,
+        _pair(*check.published, check.factor),
+        points(check.published_difference),
+    )
+
+
+def _cells(decided: Decided) -> tuple[str, ...]:
+    found = decided.found
+    return (
+        _pair(found.first, found.second, decided.check.factor),
+        points(found.value),
+        interval_of_points(found.low, found.high),
+        p_value(found.p),
+        _STATES[decided.state],
+    )
+
+
+def _pair(first: float, second: float, factor: float) -> str:
+    times = "" if factor == 1.0 else f"{factor:g} \u00d7 "
+    return f"{percent(first)} {DASH} {times}{percent(second)}"
