@@ -150,7 +150,7 @@ CLAIMS: tuple[Claim, ...] = (
         " classes; and mean TSR of SFP+M and of SFP+C is shown below SFP\u2019s.",
         ("cifar10",),
         demands.sfp_resists_targets,
-        _SEED + " SFP is trained on its own, Full on its own.",
+        _SEED + " SFP and Full are trained apart.",
     ),
     Claim(
         "pp-targeted",
@@ -185,7 +185,7 @@ CLAIMS: tuple[Claim, ...] = (
         " classes 3 and 8 is shown below Full\u2019s.",
         ("svhn",),
         demands.svhn_targets,
-        _SEED + " SFP is trained on its own, Full on its own.",
+        _SEED + " SFP and Full are trained apart.",
     ),
     Claim(
         "datasets",

@@ -66,7 +66,7 @@ def accuracy_table(study: Study) -> TextTable:
                 points(None if found is None else -found),
             )
         )
-    return TextTable(("Variant", "Paper", "Here", "95 %", "Difference, points"), tuple(rows))
+    return TextTable(("Variant", "Paper", "Here", "95 %", "Difference"), tuple(rows))
 
 
 # --- Figure 1 ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def judge(study: Study) -> list[Judged]:
     return sorted(judged, key=lambda j: j.word == "cannot be judged here")
 
 
-def tests_made(judged: list[Judged]) -> int:
+def family_size(judged: list[Judged]) -> int:
     """The size of the page's Holm family."""
     return sum(len(j.decided) for j in judged)
 

@@ -170,15 +170,18 @@ def facts(study: Study) -> list[Fact]:
         Fact("crafting", _crafting(view), "10 epochs over the test images"),
         Fact("images evaluated", f"{images:,}", f"{theirs.test_images:,}",
              images != theirs.test_images),
-        Fact("training seeds per model", "1 (seed " + listed([str(s) for s in training_seeds])
-             + ")" if training_seeds else "not recorded", "1"),
-        Fact("crafting seeds", listed([str(s) for s in seeds or [seed]]) if view.craft else "none",
-             "1, not recorded"),
+        Fact("training seeds per model", f"1 (seed {listed([str(s) for s in training_seeds])})"
+             if training_seeds else "not recorded", "1"),
+        Fact("crafting seeds", _seeds(seeds or [seed]) if view.craft else "none", "1"),
     ]  # fmt: skip
 
 
 def _fact(name: str, here: set[str], theirs: str) -> Fact:
     return Fact(name, listed(sorted(here)) or "none", theirs, here != {theirs})
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{len(seeds):,} (seed {listed([str(s) for s in seeds])})"
 
 
 def _crafting(view: View) -> str:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from reports.inference import ALPHA
 from reports.method import TextTable
 from reports.paper.checks import Check, Decided, State
-from reports.paper.judging import Judged, Met, Word, tests_made
+from reports.paper.judging import Judged, Met, Word, family_size
 from reports.paper.study import Study
 from reports.signals import masking_verdicts
-from reports.words import DASH, interval_of_points, listed, p_value, percent, plural, points
+from reports.words import interval_of_points, listed, p_value, percent, plural, points
 
 TONES: dict[Word, str] = {
     "holds here": "yes",
@@ -22,6 +22,8 @@ TONES: dict[Word, str] = {
     "undecided here": "open",
     "cannot be judged here": "none",
 }
+NAMED = 3
+"""Comparisons of a demand that are named one by one; of more, their number and range."""
 _STATES: dict[State, str] = {"yes": "shown", "no": "refuted", "open": "open"}
 
 
@@ -45,6 +47,8 @@ class ClaimText:
     word: Word
     tone: str
     why: str
+    elsewhere: bool
+    """Whether the paper says it of the other data set only."""
     own: str
     """Whether the paper's own numbers are as it says."""
     parts: tuple[Part, ...]
@@ -64,6 +68,7 @@ def claim_texts(study: Study, judged: list[Judged]) -> list[ClaimText]:
             word=j.word,
             tone=TONES[j.word],
             why=j.why,
+            elsewhere=study.published.key not in j.claim.datasets,
             own=_own_numbers(j),
             parts=tuple(_part(met) for met in j.met),
             remark=_remark(study, j, judged),
@@ -101,7 +106,7 @@ def tests_text(study: Study, judged: list[Judged]) -> str:
         f" {study.targeted_eps:g}/255, from raw predictions of the same images: exact McNemar for"
         " two perturbations, a bootstrap over images where rates are averaged or scaled (over"
         f" crafting seeds too where each side is one perturbation of several). All"
-        f" {plural(tests_made(judged), 'test')} of this page are one Holm family, at"
+        f" {plural(family_size(judged), 'test')} of this page are one Holm family, at"
         f" {percent(ALPHA)}; the intervals of a claim hold together at 95 % (Bonferroni). A"
         " direction is refuted where the other one is shown, or where the interval"
         " leaves less than 5 points of it (none, where the claim is about a ratio)."
@@ -116,26 +121,33 @@ def _own_numbers(judged: Judged) -> str:
 
 def _part(met: Met) -> Part:
     checks = met.demand.checks
-    if len(checks) == 1:
-        return Part(met.demand.words, _paper_one(checks[0]), _here_one(met))
-    count = sum(check.supported for check in checks)
-    span = _span([check.published_difference for check in checks])
-    paper = f"{count} of {len(checks)} as claimed; differences {span}."
-    return Part(met.demand.words, paper, _here_many(met))
+    words = met.demand.words[:1].upper() + met.demand.words[1:]
+    if len({(check.first, check.second) for check in checks}) == 1 < len(checks):
+        # One pair of rates within bounds: their ratio says it.
+        found = [(d.found.first, d.found.second) for d in met.decided[:1]]
+        return Part(words, _times(*checks[0].published), "".join(_times(*pair) for pair in found))
+    differences = [check.published_difference for check in checks]
+    if len(checks) > NAMED:
+        count = sum(check.supported for check in checks)
+        paper = f"{count} of {len(checks)} as claimed; differences {_span(differences)}."
+        return Part(words, paper, _here_many(met))
+    paper = _points_of([c.name for c in checks], [points(value) for value in differences])
+    here = [
+        f"{points(d.found.value)} [{interval_of_points(d.found.low, d.found.high)}],"
+        f" {_STATES[d.state]}"
+        for d in met.decided
+    ]
+    return Part(words, paper, _points_of([c.name for c in checks], here) if here else "")
 
 
-def _paper_one(check: Check) -> str:
-    return f"{_sides(*check.published, check.factor)}, {points(check.published_difference)} points."
+def _points_of(names: list[str], values: list[str]) -> str:
+    """Such as: PP2 white-box +4.6; PP3 white-box +0.1 (points)."""
+    return "; ".join(f"{n} {v}" for n, v in zip(names, values, strict=True)) + " (points)."
 
 
-def _here_one(met: Met) -> str:
-    if not met.decided:
-        return ""
-    found = met.decided[0].found
-    return (
-        f"{_sides(found.first, found.second, met.demand.checks[0].factor)}, {points(found.value)}"
-        f" points [{interval_of_points(found.low, found.high)}], {p_value(found.p)}."
-    )
+def _times(first: float, second: float) -> str:
+    ratio = f", {first / second:.2f} times as much" if second else ""
+    return f"{percent(first)} against {percent(second)}{ratio}."
 
 
 def _here_many(met: Met) -> str:
@@ -150,11 +162,6 @@ def _here_many(met: Met) -> str:
 
 def _span(values: list[float]) -> str:
     return f"{points(min(values))} to {points(max(values))} points"
-
-
-def _sides(first: float, second: float, factor: float) -> str:
-    times = "" if factor == 1.0 else f"{factor:g} \u00d7 "
-    return f"{percent(first)} against {times}{percent(second)}"
 
 
 def _remark(study: Study, judged: Judged, every: list[Judged]) -> str:
@@ -208,4 +215,4 @@ def _cells(decided: Decided) -> tuple[str, ...]:
 
 def _pair(first: float, second: float, factor: float) -> str:
     times = "" if factor == 1.0 else f"{factor:g} \u00d7 "
-    return f"{percent(first)} {DASH} {times}{percent(second)}"
+    return f"{percent(first)} vs {times}{percent(second)}"

@@ -22,7 +22,9 @@ from tests.reports.synthetic import uap
 Uer = Callable[[str, str, float], float | None]
 """(victim, source or control, eps) -> UER; None where it was not measured."""
 Tsr = Callable[[str, int], float | None]
-CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 CRAFT_META = {"settings": {"epochs": 10}, "images": 10_000, "saturated_fraction": 0.12}
 
 
@@ -127,7 +129,9 @@ def main(folder: Path, key: str) -> None:
     theirs, aims = published_uer(published), published_tsr(published)
 
     def near(rate: float | None) -> float | None:
-        return None if rate is None else float(np.clip(0.05 + 0.85 * rate + rng.normal(0, 0.05), 0, 1))
+        return (
+            None if rate is None else float(np.clip(0.05 + 0.85 * rate + rng.normal(0, 0.05), 0, 1))
+        )
 
     with open_store(database) as store:
         plant(
