@@ -70,8 +70,10 @@ def plant(
         as_paper: labelled with the paper's set-up, as far as a store records it.
         evaluation: what differs in the evaluation set.
     """
+    svhn = str(evaluation.get("dataset")).startswith("svhn")
+    classes = tuple("0123456789") if svhn else CIFAR10_CLASSES
     known = synthetic.evaluation_set(
-        **{"dataset": "cifar10", "classes": CIFAR10_CLASSES, "note": "", **evaluation},
+        **{"dataset": "cifar10", "classes": classes, "note": "", **evaluation},
         labels=tuple(i % 10 for i in range(images)),
     )
     store.add_evaluation_set(known)
