@@ -20,7 +20,13 @@ from harness.crafting.perturbation import Perturbation, check_fits, load_perturb
 from harness.inference import predict, torch_machine
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.checkpoints import reference_form
-from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
+from harness.pipeline.context import (
+    CPU_THREADS,
+    TRAIN_THREADS,
+    Context,
+    jobs_for,
+    use_cpu_threads,
+)
 from harness.pipeline.exports import model_record
 from harness.pipeline.on_device import Sample, sample_on_device
 from harness.pipeline.tasks import Progress, Task
@@ -102,7 +108,13 @@ def evaluate_task(
     device: Device,
     budget: Budget,
 ) -> Task:
-    """Evaluate one victim, clean and under each UAP, on the device and in PyTorch."""
+    """Evaluate one victim, clean and under each UAP, on the device and in PyTorch.
+
+    Whole sets on this machine are evaluated side by side, each on one thread: small models are
+    faster so. A board has one runner, and a time budget is of a machine that does nothing else.
+    """
+    beside = device.name == "local" and not budget.limited
+    threads = threads_for(context) if beside else None
 
     def is_done() -> bool:
         if not victim.onnx.exists() or any(not path.exists() for path in uap_paths):
@@ -122,8 +134,17 @@ def evaluate_task(
         name=f"attack {victim.name} on {device.name}",
         work=work,
         is_done=is_done,
-        run=lambda progress: evaluate(context, victim, uap_paths, device, budget, progress),
+        run=lambda progress: evaluate(
+            context, victim, uap_paths, device, budget, progress, threads=threads
+        ),
+        side_by_side=beside,
+        after=tuple(f"craft {path.stem}" for path in uap_paths),
     )
+
+
+def threads_for(context: Context) -> int | None:
+    """Threads of each of several victims on this machine; None where they come one by one."""
+    return TRAIN_THREADS if jobs_for(context.accelerator) > 1 else None
 
 
 def evaluate(
@@ -133,9 +154,21 @@ def evaluate(
     device: Device,
     budget: Budget,
     progress: Progress,
+    *,
+    threads: int | None = None,
 ) -> None:
-    """Measure what the store lacks, and store it."""
-    use_cpu_threads(CPU_THREADS)
+    """Measure what the store lacks, and store it.
+
+    Args:
+        context: the workspace.
+        victim: whom to attack.
+        uap_paths: what with, besides clean images.
+        device: where.
+        budget: how long.
+        progress: told how far it is.
+        threads: of PyTorch and onnxruntime both; None: as usual. Predictions do not depend on it.
+    """
+    use_cpu_threads(threads or CPU_THREADS)
     with context.open_store() as store:
         model = model_record(context, victim.name, victim.onnx)
         attacks = [load_attack(context, path) for path in uap_paths]
@@ -162,6 +195,7 @@ def evaluate(
                 plan.sample,
                 deltas,
                 lambda done, note: progress(on_torch + done * (1 - on_torch), note),
+                threads=threads,
             )
 
 

@@ -203,6 +203,8 @@ def sample_on_device(
     sample: Sample,
     deltas: Deltas,
     progress: Progress,
+    *,
+    threads: int | None = None,
 ) -> None:
     """Evaluate what the sample lacks, until it is finished; what was evaluated is stored.
 
@@ -211,7 +213,7 @@ def sample_on_device(
     """
     images = context.data.evaluation.images
     with device.open() as session:
-        session.load(model, threads=context.config.eval.threads)
+        session.load(model, threads=threads or context.config.eval.threads)
         session.set_images(images[sample.order])
         sample = sample.on(session.machine)
         writer = _Writer(store, device, session.machine, len(images))
