@@ -36,6 +36,7 @@ from harness.records import CONTROLS, UsageError
 from harness.sampling import RunKey, by_machine
 from harness.workspace import CONFIG_NAME, UapName, Workspace
 
+STAGES = ("train", "export", "craft", "evaluate")
 Wrong = npt.NDArray[np.bool_]
 """[N], of every evaluation image whether the model errs on it."""
 
@@ -85,23 +86,24 @@ class Audit:
         Raises:
             TimeLimitReached: the deadline of the context is over.
         """
-        ran = 0
-        for name in _in_order(question.meetings):
-            context = self.arm(name)
-            if name != BASE:
-                text = to_toml(context.config).encode()
-                path = context.workspace.root / CONFIG_NAME
-                if not path.exists() or path.read_bytes() != text:
-                    write_atomic(path, text)
-            variants = _variants(question, name)
-            self._adopt(context, variants)
-            uaps = [self.uap_name(m) for m in question.meetings if m.source_arm == name]
-            tasks = train_tasks(context, variants)
-            tasks += craft_tasks(context, [uap for uap in uaps if uap is not None])
-            ran += context.build(tasks)
-        for name in _in_order(question.meetings):
-            ran += self.arm(name).build(self._evaluations(question, name))
-        return ran
+        ran, waiting = 0, _in_order(question.meetings)
+        for name in waiting:
+            self._configure(name)
+        while waiting:
+            # What one arm trains another may take: that one waits for the next round.
+            coming, now = set[str](), list[str]()
+            for name in waiting:
+                missing = self._adopt(self.arm(name), _variants(question, name))
+                if not missing & coming:
+                    now.append(name)
+                    coming |= missing
+            tasks = [task for name in now for task in self._preparations(question, name)]
+            ran += self.context.build(tasks)
+            waiting = [name for name in waiting if name not in now]
+        arms = _in_order(question.meetings)
+        tasks = [task for name in arms for task in self._evaluations(question, name)]
+        # A stage after the other, so that all models are evaluated side by side.
+        return ran + self.context.build(sorted(tasks, key=lambda task: STAGES.index(task.stage)))
 
     def wrong(self, meeting: Meeting) -> Wrong | None:
         """What the model of a meeting got wrong; None where that is not measured."""
@@ -137,6 +139,20 @@ class Audit:
             )
         return data
 
+    def _configure(self, name: str) -> None:
+        context = self.arm(name)
+        path, text = context.workspace.root / CONFIG_NAME, to_toml(context.config).encode()
+        if name != BASE and not (path.exists() and path.read_bytes() == text):
+            write_atomic(path, text)
+
+    def _preparations(self, question: Question, arm: str) -> list[Task]:
+        """Training and crafting of an arm."""
+        context = self.arm(arm)
+        uaps = [self.uap_name(m) for m in question.meetings if m.source_arm == arm]
+        tasks = train_tasks(context, _variants(question, arm))
+        tasks += craft_tasks(context, [uap for uap in uaps if uap is not None])
+        return _named_by(arm, tasks)
+
     def _evaluations(self, question: Question, arm: str) -> list[Task]:
         context, tasks = self.arm(arm), []
         mine = [m for m in question.meetings if m.victim_arm == arm]
@@ -150,20 +166,40 @@ class Audit:
             tasks += attack_tasks(
                 context, variants=[victim], onnx_files=[], uaps=paths, device=LocalDevice()
             )[0]
-        return tasks
+        return _named_by(arm, tasks)
 
-    def _adopt(self, context: Context, variants: Iterable[str]) -> None:
-        """Take valid checkpoints of the same key from other arms, parents first."""
-        others = [self.context, *self._arms.values()]
+    def _adopt(self, context: Context, variants: Iterable[str]) -> set[str]:
+        """Take valid checkpoints of the same key from other arms, parents first.
+
+        Returns:
+            The keys of those that no arm has.
+        """
+        others, missing = [self.context, *self._arms.values()], set[str]()
         for variant in with_parents(context, list(variants)):
             if valid_checkpoint(context, variant):
                 continue
             key = checkpoint_key(context, variant)
-            for other in others:
-                if valid_checkpoint(other, variant) and checkpoint_key(other, variant) == key:
-                    theirs = other.workspace.checkpoint(variant.name)
-                    write_atomic(context.workspace.checkpoint(variant.name), theirs.read_bytes())
-                    break
+            theirs = (
+                other.workspace.checkpoint(variant.name)
+                for other in others
+                if valid_checkpoint(other, variant) and checkpoint_key(other, variant) == key
+            )
+            found = next(theirs, None)
+            if found is None:
+                missing.add(key)
+            else:
+                write_atomic(context.workspace.checkpoint(variant.name), found.read_bytes())
+        return missing
+
+
+def _named_by(arm: str, tasks: Sequence[Task]) -> list[Task]:
+    """Tasks of several arms in one list: each knows its own."""
+    if arm == BASE:
+        return list(tasks)
+    return [
+        replace(task, name=f"{arm}: {task.name}", after=tuple(f"{arm}: {t}" for t in task.after))
+        for task in tasks
+    ]
 
 
 def _in_order(meetings: Sequence[Meeting]) -> list[str]:
