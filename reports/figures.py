@@ -62,6 +62,8 @@ class Point:
     x: float
     y: float
     front: bool
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def pareto_panel(
 
     def draw(figure: Figure) -> None:
         axes = figure.add_axes((0.125, 0.15, 0.85, 0.78))
-        xs, ys = [p.x for p in points], [100 * p.y for p in points]
+        xs = [p.x for p in points]
         low, high = min(xs), max(xs)
         log = low > 0 and high / low > 4
         if log:
@@ -127,8 +129,9 @@ def pareto_panel(
         else:
             pad = 0.16 * (high - low) or 0.2 * high or 1.0
             axes.set_xlim(low - pad, high + pad)
-        spread = max(ys) - min(ys) or 10.0
-        axes.set_ylim(max(-3.0, min(ys) - 0.2 * spread), min(104.0, max(ys) + 0.2 * spread))
+        bottom, top = 100 * min(p.low for p in points), 100 * max(p.high for p in points)
+        spread = top - bottom or 10.0
+        axes.set_ylim(max(-3.0, bottom - 0.1 * spread), min(104.0, top + 0.1 * spread))
         front = sorted((p.x, 100 * p.y) for p in points if p.front)
         stairs_x = [*(x for x, _ in front), axes.get_xlim()[1]]
         stairs_y = [*(y for _, y in front), front[-1][1]]
@@ -137,6 +140,7 @@ def pareto_panel(
             ls="--" if dashed else "-",
         )  # fmt: skip
         for p in points:
+            axes.plot([p.x, p.x], [100 * p.low, 100 * p.high], color=p.colour, lw=1.0, zorder=3)
             axes.plot(
                 [p.x], [100 * p.y], marker=_MARKERS.get(p.method, "P"), ms=7.5, ls="",
                 mfc=p.colour if p.front else _PAPER, mec=p.colour, mew=1.6, zorder=5,

@@ -50,8 +50,8 @@ DEFINITIONS = (
     ("Peak RSS", "largest resident memory of the measuring process."),
     ("p50, p90", "half, nine tenths of the timed inferences were at most this long."),
     ("Sample", "a random part of the images, the classes in proportion, the same for every model."
-     " In brackets, the UER on the whole set that it implies: PyTorch\u2019s there plus the mean"
-     " paired difference on the sample, with its 95 % interval (Tango\u2019s score interval, finite"
+     " Error rates are then estimates for the whole set: PyTorch\u2019s there plus the mean paired"
+     " difference on the sample, with its 95 % interval (Tango\u2019s score interval, finite"
      " population; exact where no prediction differs)."),
     ("95 % interval", "Wilson score interval: covers the choice of images, nothing else."),
 )  # fmt: skip
@@ -228,8 +228,8 @@ def device_comparison(view: View) -> TextTable | None:
                     device.label,
                     _images(other.any_row),
                     words.percent(clean),
-                    _whole_set(other.white_box),
-                    words.percent(other.worst.uer if other.worst else None),
+                    _rate(other.white_box),
+                    _rate(other.worst),
                     words.percent(other.lowest_agreement),
                     words.milliseconds(other.any_row.latency_p50_ms),
                     *(cell(other.any_row) for _, cell in optional),
@@ -248,9 +248,8 @@ def _images(row: ResultRow) -> str:
     return f"{row.n:,}" if row.n == row.n_of else f"{row.n:,} of {row.n_of:,}"
 
 
-def _whole_set(row: ResultRow | None) -> str:
-    """The UER; of a sample that PyTorch corrects, the estimate for the whole set, in brackets."""
-    if row is None or row.uer_corrected is None:
+def _rate(row: ResultRow | None) -> str:
+    """The UER; of a sample with its interval, which is what the sample's size costs."""
+    if row is None or row.n == row.n_of:
         return words.percent(row.uer if row else None)
-    between = words.interval(row.uer_corrected_low, row.uer_corrected_high)
-    return f"{words.percent(row.uer)} [{words.percent(row.uer_corrected)}, {between}]"
+    return f"{words.percent(row.uer)} [{words.interval(row.uer_low, row.uer_high)}]"

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from harness.seeds import METHOD
 from reports import method, panels
 from reports.black_box import black_box_table, black_box_text
+from reports.estimates import sample_sizes, where_measured
 from reports.heat import HeatMap, heat_maps
 from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
 from reports.masking_table import masking_table
@@ -23,7 +24,7 @@ from reports.runtimes import runtime_table, runtime_text
 from reports.tradeoff import VERDICT_MARKS, tradeoff_table
 from reports.verdicts import conclusions, headline
 from reports.view import View
-from reports.words import clean_text, epsilon, listed, p_value, percent, plural, points
+from reports.words import clean_text, epsilon, listed, p_value, percent, plural, points, span
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -64,6 +65,7 @@ def html_text(view: View, *, paper: str = "") -> str:
         sections=SECTIONS,
         headline=headline(view),
         chips=_chips(view),
+        where=where_measured(view),
         table=tradeoff_table(view),
         marks=[(mark, verdict.lower()) for verdict, mark in VERDICT_MARKS.items()],
         pareto=panels.pareto(view),
@@ -136,13 +138,8 @@ def _chips(view: View) -> list[tuple[str, str]]:
 
 def _images(view: View) -> str:
     """How many images the numbers are of; a sample says so."""
-    whole = len(view.evaluation.labels)
-    rows = [r for v in view.variants for r in (v.clean, *v.attacked.values(), *v.curve) if r]
-    sizes = sorted({row.n for row in rows})
-    if not sizes or sizes[0] == whole:
-        return f"{whole:,}"
-    span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}\u2013{sizes[-1]:,}"
-    return f"a sample: {span} of {whole:,}"
+    whole, sizes = len(view.evaluation.labels), sample_sizes(view)
+    return f"{whole:,}" if sizes is None else f"a sample: {span(*sizes)} of {whole:,}"
 
 
 def _gap_table(view: View) -> TextTable | None:

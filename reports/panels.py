@@ -62,8 +62,8 @@ def pareto(view: View) -> Figure:
     return Figure(
         "Lower and further left is better. Filled marks lie on the Pareto front (line): no other"
         f" variant was measured to be both cheaper and less often wrong; neighbours need not be"
-        f" shown to differ (see what to conclude). On the front, {'; '.join(fronts)}."
-        + _unequal(view),
+        " shown to differ (see what to conclude). Bars are 95 % intervals."
+        f" On the front, {'; '.join(fronts)}." + _unequal(view),
         panels,
     )
 
@@ -74,7 +74,7 @@ def _pareto_panel(view: View, cost: Cost) -> Panel | None:
         return None
     front = pareto_front([(value, uer) for _, value, uer in found])
     points = [
-        Point(v.label, v.method, method_colour(v.method), value, uer, i in front)
+        Point(v.label, v.method, method_colour(v.method), value, uer, i in front, *_interval(v))
         for i, (v, value, uer) in enumerate(found)
     ]
     said = [f"{p.label} {cost.show(p.x)}, {percent(p.y)}" for p in points]
@@ -94,6 +94,14 @@ def _pareto_panel(view: View, cost: Cost) -> Panel | None:
     )
     return Panel(f"Worst UER against {cost.title.split(',')[0].lower().replace('macs', 'MACs')}",
                  svg, note=caveat[:1].upper() + caveat[1:])  # fmt: skip
+
+
+def _interval(variant: VariantView) -> tuple[float, float]:
+    worst = variant.worst
+    assert worst is not None, "rated variants have one"
+    low = worst.uer_low if worst.uer_low is not None else worst.uer
+    high = worst.uer_high if worst.uer_high is not None else worst.uer
+    return low or 0.0, high or 0.0
 
 
 def _unequal(view: View) -> str:

@@ -18,6 +18,7 @@ from harness.results import current_runs, result_rows
 from harness.seeds import SeedGroup, key_of, seed_groups
 from harness.sources import left_out
 from harness.store import Store
+from reports.estimates import estimated
 from reports.view import Craft, DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
 
@@ -63,8 +64,12 @@ def build_view(store: Store, *, device: str | None = None) -> View:
     labels = np.asarray(evaluation.labels, dtype=np.int64)
     groups = seed_groups(on_set, uaps=uaps, predicted=predicted, labels=labels)
     seeds = {key_of(row): group for group in groups for row in group.rows}
-    kept = [_averaged(row, seeds) for row in on_set if _in_headline(row, craft)]
-    free = [_averaged(row, seeds) for row in on_set if _is_gradient_free(row, craft, reference)]
+
+    def shown(row: ResultRow) -> ResultRow:
+        return _averaged(estimated(row, predicted=predicted, labels=labels), seeds)
+
+    kept = [shown(row) for row in on_set if _in_headline(row, craft)]
+    free = [shown(row) for row in on_set if _is_gradient_free(row, craft, reference)]
     models, timings = store.models(), latest_latencies(store)
     devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
     by_device = {

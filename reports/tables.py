@@ -16,6 +16,7 @@ from harness.records import ResultRow
 from harness.sources import LEAVE_ONE_OUT
 from reports.advice import latency_caveat
 from reports.black_box import black_box_table, black_box_text
+from reports.estimates import where_measured
 from reports.masking import Sentence
 from reports.masking_table import DERIVED_COLUMNS, derived_columns, masking_table
 from reports.method import TextTable
@@ -82,6 +83,7 @@ def escape_markdown(text: str) -> str:
 def markdown_text(view: View) -> str:
     """The page's words and tables, without its pictures."""
     parts = ["# Robustness of compressed models on the device", escape_markdown(headline(view))]
+    parts.append(escape_markdown(where_measured(view)))
     parts += ["## Trade-off", _markdown_table(tradeoff_table(view))]
     for group in conclusions(view):
         lines = "\n".join(f"- {_bullet(sentence)}" for sentence in group.sentences)
@@ -178,6 +180,7 @@ def latex_text(view: View) -> str:
     """Booktabs tables: the trade-off, a transfer matrix for every eps. Needs graphicx too."""
     table = tradeoff_table(view)
     caption = f"Robustness and cost on {view.device.label}, {clean_text(view.evaluation.dataset)}."
+    caption += f" {where_measured(view)}"
     caption += " Bold is the best of its column, not a tested difference."
     if caveat := latency_caveat(view):
         caption += f" Latency: {caveat}."

@@ -10,6 +10,7 @@ from itertools import combinations
 
 from harness.seeds import METHOD
 from reports import advice
+from reports.estimates import sample_sizes
 from reports.inference import (
     ALPHA,
     Comparison,
@@ -19,7 +20,7 @@ from reports.inference import (
 )
 from reports.masking import Group, Sentence, masking_group
 from reports.view import VariantView, View
-from reports.words import epsilon, interval, listed, p_value, percent, plural, points
+from reports.words import epsilon, interval, listed, p_value, percent, plural, points, span
 
 POOR = 0.5
 """Erring on this share of the images, nobody survived well."""
@@ -177,10 +178,13 @@ def _detail(test: Comparison) -> str:
 
 
 def _reach(view: View) -> list[str]:
-    n = len(view.evaluation.labels)
+    sizes = sample_sizes(view)
+    images = f"these {len(view.evaluation.labels):,} images"
+    if sizes is not None:
+        images = f"the images that both were given ({span(*sizes)} a model)"
     said = [
         "Each variant is one file from one training seed: the tests above speak about these files"
-        f" on these {n:,} images, not about the compression methods. A claim about a method needs"
+        f" on {images}, not about the compression methods. A claim about a method needs"
         " at least three training seeds and an independently seeded Full.",
     ]
     repeated = [

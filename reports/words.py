@@ -140,6 +140,11 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
+def span(low: int, high: int) -> str:
+    """`101-330`; one number where both are the same."""
+    return f"{low:,}" if low == high else f"{low:,}\u2013{high:,}"
+
+
 def plural(n: int, one: str, many: str | None = None) -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
