@@ -41,7 +41,7 @@ CHECKS: dict[Kind, str] = {
     "no_gradient": "samples without a gradient",
     "slope": "the slope along the gradient",
     "agreement": "gradients against the network's own slopes",
-    "random": "the random-sign control",
+    "random": "a lead over random signs",
     "monotone": "a sweep over \u03b5",
     "saturated": "the saturated fraction of the loss",
 }

@@ -187,7 +187,8 @@ def _gap_text(view: View) -> str:
     )
     if len(same) == len(rows):
         return text + (
-            f"All {plural(len(rows), 'variant')} predict exactly the same classes: what was"
+            f"{'All' if len(rows) > 1 else 'The'} {plural(len(rows), 'variant')}"
+            f" {'predict' if len(rows) > 1 else 'predicts'} exactly the same classes: what was"
             " attacked is what was deployed."
         )
     text += (

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from harness.config import Config
     from harness.workspace import Workspace
 
-preset_option = click.option("--preset", help="quickstart, reduced (real data on a CPU) or paper.")
+preset_option = click.option(
+    "--preset", help="quickstart, reduced (real data on a CPU), paper-fast or paper (a GPU's)."
+)
 dataset_option = click.option(
     "--dataset", help="digits, cifar10, svhn, FILE.npz, or a folder of class folders."
 )
