@@ -112,7 +112,15 @@ def _facts(store: Store) -> dict[str, object]:
         "commits": ", ".join(sorted({one.git_commit or "unknown" for one in stored})),
         "first": when[0][:16],
         "last": when[-1][:16],
-        "machines": "; ".join(sorted({f"{r.machine.cpu}, {r.machine.cores} cores" for r in runs})),
+        "machines": "; ".join(
+            sorted(
+                {
+                    f"{r.machine.cpu}, {r.machine.cores} cores"
+                    for r in runs
+                    if r.runtime == "onnxruntime"
+                }
+            )
+        ),
         "versions": ", ".join(
             sorted({f"{r.runtime} {r.machine.runtime_version}" for r in runs}, reverse=True)
         ),
