@@ -201,6 +201,16 @@ def _sfp_training() -> Question:
             Contrast(f"{label}: {what}", ((changed,),), ((reference,),))
             for label, (changed, reference) in compared.items()
         ]
+    from_full = _each(
+        Meeting(arm, "sfp", seed, "full") for arm, seed in zip(SEEDS_FROM_FULL, SEEDS, strict=True)
+    )
+    contrasts.append(
+        Contrast(
+            "Full's on SFP that goes on from it minus on SFP from scratch",
+            from_full,
+            _within("sfp", "full"),
+        )
+    )
     return Question(
         "sfp_training",
         "Is it SFP, or how SFP was trained?",
@@ -229,9 +239,6 @@ def _across(victim: str, source: str) -> tuple[Unit, ...]:
 
 
 def _seeds() -> Question:
-    from_full = _each(
-        Meeting(arm, "sfp", seed, "full") for arm, seed in zip(SEEDS_FROM_FULL, SEEDS, strict=True)
-    )
     return Question(
         "seeds",
         "How much of “SFP blocks transfer” is only “another seed”?",
@@ -254,11 +261,6 @@ def _seeds() -> Question:
                 "SFP's minus another seed's Full's, both on Full",
                 _across("full", "sfp"),
                 _across("full", "full"),
-            ),
-            Contrast(
-                "Full's on SFP that goes on from it minus on SFP from scratch",
-                from_full,
-                _within("sfp", "full"),
             ),
             Contrast(
                 "Full's on PP3 of another seed minus on PP3 made from it",
