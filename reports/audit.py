@@ -132,6 +132,8 @@ METHOD = (
     " no difference that matters.",
     "A unit is what was trained, or crafted on, once. With one unit the interval covers images"
     " only, not another training run.",
+    "A model of ten classes that knows nothing errs on 90 %: rates near that leave no room for a"
+    " difference, so \u201cno difference\u201d up there is of this budget only.",
 )
 WORDS = {
     "raises": "raises",
