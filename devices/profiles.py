@@ -105,6 +105,8 @@ def _is_number(value: object) -> bool:
     return _is_whole(value) or isinstance(value, float)
 
 
+Tables = dict[str, dict[str, Any]]
+"""Of the user's file: device -> settings."""
 SETTABLE = tuple(field.name for field in fields(Profile) if field.name != "name")
 
 
@@ -202,13 +204,13 @@ def _refuse_unknown(settings: Mapping[str, Any], known: tuple[str, ...], *, wher
 def add_profile(
     user_file: Path, name: str, *, like: str | None = None, **settings: Any
 ) -> tuple[Profile, bool]:
-    """Write a device into the user's file, in place of the user's own one of that name.
+    """Write a device into the user's file; of the user's own one of that name, the rest stays.
 
     Args:
         user_file: the file; made when missing.
         name: of the device; a built-in one's name puts the user's board in its place.
         like: the built-in device whose settings apply where `settings` is silent.
-        **settings: fields of `Profile`; None is left out.
+        **settings: fields of `Profile`; None is left as it is.
 
     Returns:
         The device as it is from now on, and whether it replaced one of the user's own.
@@ -216,22 +218,32 @@ def add_profile(
     Raises:
         UsageError: a value out of range, or a file that cannot be read or written.
     """
-    table = {LIKE: like, **settings}
-    table = {key: value for key, value in table.items() if value is not None}
-    profile = _overlaid(name, table)
-    lines = [f"{key} = {_toml(value)}" for key, value in table.items()]
-    section = "\n".join([f"[{name}]", *lines, ""])
+    given = {LIKE: like, **settings}
+    given = {key: value for key, value in given.items() if value is not None}
+    _overlaid(name, given)  # what is wrong with the request, before any file is touched
+
+    def table(own: Tables) -> dict[str, Any]:
+        return {**own.get(name, {}), **given}
 
     def with_it(text: str) -> str:
+        settings = table(tomllib.loads(text))
+        try:
+            _overlaid(name, settings)
+        except UsageError as error:  # of what the user wrote there before
+            raise UsageError(
+                f"{user_file}: {error}: correct it, or harness devices remove {name} first"
+            ) from None
+        lines = [f"{key} = {_toml(value)}" for key, value in settings.items()]
+        section = "\n".join([f"[{name}]", *lines, ""])
         rest = _without(text, name)
         gap = "\n" if rest.strip() and not rest.endswith("\n\n") else ""
         return f"{rest}{gap}{section}"
 
-    def expected(own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {**own, name: table}
+    def expected(own: Tables) -> Tables:
+        return {**own, name: table(own)}
 
     before = _rewrite(user_file, with_it, expected)
-    return profile, name in before
+    return _overlaid(name, table(before)), name in before
 
 
 def remove_profile(user_file: Path, name: str) -> None:
@@ -269,9 +281,6 @@ def _without(text: str, name: str) -> str:
         return text if not text or text.endswith("\n") else text + "\n"
     following = header.search(text, start.end())
     return text[: start.start()] + (text[following.start() :] if following else "")
-
-
-Tables = dict[str, dict[str, Any]]
 
 
 def _rewrite(

@@ -51,7 +51,8 @@ def test_one_own_board_takes_a_built_in_one_s_place(mine: Path) -> None:
     assert how_it_runs(profile) == "over SSH: pi@board"
     changed, replaced = add_profile(mine, "rpi4", host="pi@other", port=2222)
     assert replaced
-    assert (changed.host, changed.port, changed.budget_s) == ("pi@other", 2222, None)
+    assert (changed.host, changed.port, changed.budget_s) == ("pi@other", 2222, 600.0)
+    assert changed == profiles(mine)["rpi4"]  # what was not given again stayed
     remove_profile(mine, "rpi4")
     assert profiles(mine) == built_in()
     assert device_named("rpi4").emulated
