@@ -24,12 +24,16 @@ APPLICATION = "uap-edge-harness"
 LOCAL = "local"
 ANY_BOARD = "arm64"
 """What a device of the user's own is like, unless it says."""
+ARCHITECTURE = "aarch64"
+"""Of every built-in board, as `platform.machine()` calls it."""
 BUILT_IN = Path(__file__).with_name("profiles")
 LIKE = "like"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
 """`user@host`, an address, or an alias of the user's ssh configuration; never an option."""
+HOST_AND_PORT = re.compile(r"[^:]+:(?P<port>\d+)")
+"""One colon, so no IPv6 address."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ def _problems(profile: Profile) -> Iterator[tuple[str, str]]:
         yield "title", f"must be one line of text, got {p.title!r}"
     if p.host is not None and not (isinstance(p.host, str) and HOST.fullmatch(p.host)):
         yield "host", f"must be user@host or a name of the ssh configuration, got {p.host!r}"
+    elif p.host is not None and (with_port := HOST_AND_PORT.fullmatch(p.host)):
+        yield "host", f"must be without a port, got {p.host!r}: use --port {with_port['port']}"
     if p.port is not None and not (_is_whole(p.port) and 1 <= p.port <= 65535):
         yield "port", f"must be a whole number from 1 to 65535, got {p.port!r}"
     if not (_is_whole(p.threads) and 1 <= p.threads <= 1024):
@@ -152,6 +158,12 @@ def built_in() -> dict[str, Profile]:
         _refuse_unknown(settings, SETTABLE, where=str(path))
         found[path.stem] = Profile(name=path.stem, **settings)
     return found
+
+
+def stands_for(user_file: Path, name: str) -> Profile | None:
+    """The built-in board that the device is or was said to be like; None where nobody said."""
+    like = own_settings(user_file).get(name, {}).get(LIKE, name)
+    return built_in().get(like) if like != LOCAL else None
 
 
 def own_settings(user_file: Path) -> dict[str, dict[str, Any]]:

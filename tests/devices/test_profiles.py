@@ -18,6 +18,7 @@ from devices.profiles import (
     built_in,
     profiles,
     remove_profile,
+    stands_for,
     user_file,
 )
 from devices.registry import device_named, how_it_runs, profile_named
@@ -64,6 +65,15 @@ def test_another_name_is_like_any_board_unless_it_says(mine: Path) -> None:
     hot, _ = add_profile(mine, "attic", host="pi@fe80::1%eth0", like="rpi5")
     assert (hot.cooling_c, hot.emulated) == (60.0, False)
     assert list(profiles(mine)) == [*built_in(), "porch", "attic"]
+
+
+def test_only_a_board_that_somebody_named_is_stood_for(mine: Path) -> None:
+    add_profile(mine, "rpi4", host="pi@board")
+    add_profile(mine, "attic", host="attic", like="rpi5")
+    add_profile(mine, "porch", host="porch")
+    boards = {name: stands_for(mine, name) for name in ("rpi4", "attic", "porch", "local")}
+    known = built_in()
+    assert boards == {"rpi4": known["rpi4"], "attic": known["rpi5"], "porch": None, "local": None}
 
 
 def test_what_the_user_wrote_stays(mine: Path) -> None:
@@ -115,6 +125,7 @@ def test_many_may_add_at_once(mine: Path) -> None:
         ({"host": "pi@board; reboot"}, "host"),
         ({"host": "pi@bo\nard"}, "host"),
         ({"host": ""}, "host"),
+        ({"host": "pi@127.0.0.1:22"}, "use --port 22"),
         ({"host": "b", "port": 0}, "port"),
         ({"host": "b", "port": True}, "port"),
         ({"host": "b", "threads": 0}, "threads"),
