@@ -24,6 +24,7 @@ from harness.records import (
     PredictionRun,
     UapRecord,
 )
+from harness.store_errors import cannot_write
 from harness.store_rows import (
     StoredLatency,
     StoredPrediction,
@@ -106,7 +107,7 @@ class Store:
             with self._db:
                 yield self._db
         except sqlite3.OperationalError as error:
-            raise _cannot_write(error, self._path) or error from None
+            raise cannot_write(error, self._path) or error from None
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -320,30 +321,13 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
-        raise _cannot_write(error, path) or HarnessError(
+        raise cannot_write(error, path) or HarnessError(
             f"cannot open {path} as a results store ({error}): move it away and run again"
         ) from None
     if version > SCHEMA_VERSION:
         connection.close()
         raise HarnessError(f"{path} was written by a newer harness (schema {version}): upgrade")
     return Store(connection, path, git_commit=git_commit)
-
-
-def _cannot_write(error: sqlite3.Error, path: Path) -> HarnessError | None:
-    """What to say where the disk, its rights or another program are why; the store is healthy."""
-    match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF:  # the primary code
-        case sqlite3.SQLITE_FULL:
-            return HarnessError(f"no space left where {path} is: free some and run again")
-        case sqlite3.SQLITE_IOERR:  # as a full disk says it to the write-ahead log
-            return HarnessError(
-                f"no space left where {path} is, or its disk fails ({error}): free some and run"
-                " again"
-            )
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return HarnessError(f"another program is writing {path}: wait for it and run again")
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-            return HarnessError(f"cannot write {path} ({error}): check permissions and space")
-    return None
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
