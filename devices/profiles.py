@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from devices.emulator_board import BOARDS
+from devices.plain import shortened
 from harness.records import HarnessError, UsageError
 
 APPLICATION = "uap-edge-harness"
@@ -26,6 +27,7 @@ ANY_BOARD = "arm64"
 """What a device of the user's own is like, unless it says."""
 ARCHITECTURE = "aarch64"
 """Of every built-in board, as `platform.machine()` calls it."""
+CACHE_HINT = "XDG_CACHE_HOME chooses another cache folder"
 BUILT_IN = Path(__file__).with_name("profiles")
 LIKE = "like"
 
@@ -61,7 +63,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         for field, problem in _problems(self):
-            raise UsageError(f"device {self.name!r}: {field} {problem}")
+            raise UsageError(f"device {shortened(self.name)!r}: {field} {problem}")
 
     @property
     def emulated(self) -> bool:
@@ -77,7 +79,10 @@ def _problems(profile: Profile) -> Iterator[tuple[str, str]]:
     if not _is_text(p.title):
         yield "title", f"must be one line of text, got {p.title!r}"
     if p.host is not None and not (isinstance(p.host, str) and HOST.fullmatch(p.host)):
-        yield "host", f"must be user@host or a name of the ssh configuration, got {p.host!r}"
+        yield (
+            "host",
+            f"must be user@host or a name of the ssh configuration, got {shortened(p.host)!r}",
+        )
     elif p.host is not None and (with_port := HOST_AND_PORT.fullmatch(p.host)):
         yield "host", f"must be without a port, got {p.host!r}: use --port {with_port['port']}"
     if p.port is not None and not (_is_whole(p.port) and 1 <= p.port <= 65535):
@@ -183,8 +188,10 @@ def _overlaid(name: str, settings: Mapping[str, Any]) -> Profile:
     like = settings.get(LIKE, name if name in bases else ANY_BOARD)
     if not isinstance(like, str) or like not in bases or like == LOCAL:
         boards = ", ".join(base for base in bases if base != LOCAL)
-        raise UsageError(f"device {name!r} is like {like!r}: choose from {boards}")
-    _refuse_unknown(settings, (*SETTABLE, LIKE), where=f"device {name!r}")
+        raise UsageError(
+            f"device {shortened(name)!r} is like {shortened(like)!r}: choose from {boards}"
+        )
+    _refuse_unknown(settings, (*SETTABLE, LIKE), where=f"device {shortened(name)!r}")
     base = bases[like]
     if name != like:
         base = replace(base, name=name, title=f"{name}, like {like}")
@@ -269,7 +276,7 @@ def remove_profile(user_file: Path, name: str) -> None:
         if name in built_in():
             raise UsageError(f"{name} is built in, and nothing of your own is set for it")
         mine = ", ".join(own) or "none"
-        raise UsageError(f"no device of your own is called {name!r}; there are: {mine}")
+        raise UsageError(f"no device of your own is called {shortened(name)!r}; there are: {mine}")
     _rewrite(
         user_file,
         lambda text: _without(text, name),

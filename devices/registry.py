@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from devices.emulated import EmulatedDevice, is_set_up
 from devices.local import LocalDevice
+from devices.plain import shortened
 from devices.profiles import LOCAL, Profile, profiles, stands_for, user_file
 from devices.session import Device
 from harness.records import UsageError
@@ -52,5 +53,5 @@ def profile_named(name: str) -> Profile:
     """
     known = profiles(user_file())
     if name not in known:
-        raise UsageError(f"unknown device {name!r}: choose from {', '.join(known)}")
+        raise UsageError(f"unknown device {shortened(name)!r}: choose from {', '.join(known)}")
     return known[name]

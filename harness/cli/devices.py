@@ -134,7 +134,7 @@ def bootstrap(name: str, as_json: bool) -> None:
     """Bring a device to where it runs models, and prove it; again does no harm.
 
     A board gets onnxruntime pushed to it and needs no internet. An emulated one is set up on this
-    machine: about 140 MB in your cache folder, under a minute.
+    machine: about 180 MB in your cache folder, under a minute.
 
     \b
     Examples:
@@ -162,6 +162,8 @@ def bootstrap(name: str, as_json: bool) -> None:
 @json_option
 def probe(name: str, as_json: bool) -> None:
     """Start the runner on a device and print what it says of itself.
+
+    On a fresh board it first installs the runtime, as bootstrap does; an emulated one is set up.
 
     \b
     Examples:

@@ -213,6 +213,20 @@ def test_any_printable_text_survives_toml(text: str) -> None:
     assert tomllib.loads(f"x = {_toml(text)}")["x"] == text
 
 
+def test_a_name_of_thousands_of_characters_is_shortened(mine: Path) -> None:
+    name = "x" * 5000
+    for use in (
+        lambda: add_profile(mine, name, host="board"),
+        lambda: add_profile(mine, "porch", host=name),
+        lambda: add_profile(mine, "porch", host="board", like=name),
+        lambda: remove_profile(mine, name),
+        lambda: device_named(name),
+    ):
+        with pytest.raises(UsageError) as error:
+            use()
+        assert len(str(error.value)) < 200
+
+
 def test_a_profile_checks_itself() -> None:
     with pytest.raises(HarnessError, match="title"):
         Profile(name="x", title="two\nlines")
