@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from devices import ssh_errors
 from devices.plain import plain
-from harness.records import DeviceUnreachable, HarnessError
+from harness.records import DeviceUnreachable, HarnessError, UsageError
 
 if TYPE_CHECKING:
     import asyncssh
@@ -87,6 +87,7 @@ class Connection:
         self.destination = destination
         self.limits = limits or Limits()
         self._port = port
+        self._port_to_name = ssh_errors.other_port(port)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._connection: asyncssh.SSHClientConnection | None = None
@@ -177,7 +178,7 @@ class Connection:
         except asyncio.CancelledError:
             raise DeviceUnreachable(f"{self.destination}: the connection was closed") from None
         except Exception as error:
-            raise ssh_errors.explained(error, self.destination) from None
+            raise ssh_errors.explained(error, self.destination, port=self._port_to_name) from None
         finally:
             future.cancel()  # Ctrl-C while waiting: nobody is left to want it
 
@@ -188,9 +189,16 @@ class Connection:
         if self._port is not None:
             chosen["port"] = self._port
         # What the user's ssh configuration makes of it: the real host, port and key files.
-        options = await asyncssh.SSHClientConnectionOptions.construct(
-            host=host, config=(), **chosen
-        )
+        try:
+            options = await asyncssh.SSHClientConnectionOptions.construct(
+                host=host, config=(), **chosen
+            )
+        except FileNotFoundError as error:  # OpenSSH goes on without it, asyncssh does not
+            raise UsageError(
+                f"{error.filename} is missing: ~/.ssh/config names it as a key (IdentityFile) or"
+                f" certificate for {host}: make it, or take that line out"
+            ) from None
+        self._port_to_name = ssh_errors.other_port(options.port)
         known_hosts = ssh_errors.known_hosts(options.known_hosts)
         try:
             self._connection = await asyncssh.connect(

@@ -26,6 +26,8 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.25, 8.0
 MAX_LOSSES = 5
 """Connections one request may cost: a request that kills its runner must end some time."""
 
+GO_ON = "the same command goes on when the device is back"
+
 Reply = dict[str, Any]
 T = TypeVar("T")
 
@@ -134,7 +136,8 @@ class Conversation:
                     raise
                 if losses > MAX_LOSSES:
                     raise DeviceUnreachable(
-                        f"the connection was lost {losses} times at the same request: {lost}"
+                        f"the connection was lost {losses} times at the same request: {lost};"
+                        f" {GO_ON}"
                     ) from None
                 self._reconnect(lost, restore)
 
@@ -152,7 +155,8 @@ class Conversation:
             except DeviceUnreachable as error:
                 if time.monotonic() + wait_s > deadline_s:
                     raise DeviceUnreachable(
-                        f"{lost}; trying again for {self._reconnect_s:g} s did not help: {error}"
+                        f"{lost}; trying again for {self._reconnect_s:g} s did not help: {error};"
+                        f" {GO_ON}"
                     ) from None
             else:
                 self._notice("connected again: it goes on where it was")

@@ -139,7 +139,7 @@ def set_up_emulator(profile: Profile, *, on_progress: Callable[[str], None]) -> 
     if find_emulator(folder) is None:
         on_progress(
             f"setting up the emulated {profile.name} in {folder}"
-            " (once; about 140 MB, under a minute)"
+            " (once; about 180 MB, under a minute)"
         )
     try:
         if not sys.platform.startswith("linux"):

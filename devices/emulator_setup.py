@@ -38,6 +38,7 @@ from devices.emulator_parts import (
     unpack,
     unpack_wheel,
 )
+from devices.profiles import CACHE_HINT
 from devices.wheels import Target, Wheel, wheels_for
 from harness.records import HarnessError
 
@@ -107,7 +108,9 @@ def set_up(folder: Path, *, cpu: str, runner: Path, on_progress: Progress) -> Em
             return _build(folder, cpu=cpu, runner=runner, on_progress=on_progress)
     except OSError as error:
         where = error.filename or folder
-        raise SetupFailed(f"cannot write {where}: {error.strerror or error}") from None
+        raise SetupFailed(
+            f"cannot write {where}: {error.strerror or error}; {CACHE_HINT}"
+        ) from None
 
 
 def _works(emulator: Emulator, runner: Path) -> bool:
@@ -137,7 +140,8 @@ def _build(folder: Path, *, cpu: str, runner: Path, on_progress: Progress) -> Em
     free = shutil.disk_usage(folder.parent).free
     if free < NEEDED_BYTES:
         raise SetupFailed(
-            f"{folder.parent} has {free >> 20} MB free, {NEEDED_BYTES >> 20} MB are needed"
+            f"{folder.parent} has {free >> 20} MB free, {NEEDED_BYTES >> 20} MB are needed:"
+            f" free some; {CACHE_HINT}"
         )
     downloads = folder.with_name(f".{folder.name}.downloads")
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))

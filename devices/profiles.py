@@ -18,18 +18,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from devices.emulator_board import BOARDS
+from devices.plain import shortened
 from harness.records import HarnessError, UsageError
 
 APPLICATION = "uap-edge-harness"
 LOCAL = "local"
 ANY_BOARD = "arm64"
 """What a device of the user's own is like, unless it says."""
+ARCHITECTURE = "aarch64"
+"""Of every built-in board, as `platform.machine()` calls it."""
+CACHE_HINT = "XDG_CACHE_HOME chooses another cache folder"
 BUILT_IN = Path(__file__).with_name("profiles")
 LIKE = "like"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
 """`user@host`, an address, or an alias of the user's ssh configuration; never an option."""
+HOST_AND_PORT = re.compile(r"[^:]+:(?P<port>\d+)")
+"""One colon, so no IPv6 address."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         for field, problem in _problems(self):
-            raise UsageError(f"device {self.name!r}: {field} {problem}")
+            raise UsageError(f"device {shortened(self.name)!r}: {field} {problem}")
 
     @property
     def emulated(self) -> bool:
@@ -73,7 +79,12 @@ def _problems(profile: Profile) -> Iterator[tuple[str, str]]:
     if not _is_text(p.title):
         yield "title", f"must be one line of text, got {p.title!r}"
     if p.host is not None and not (isinstance(p.host, str) and HOST.fullmatch(p.host)):
-        yield "host", f"must be user@host or a name of the ssh configuration, got {p.host!r}"
+        yield (
+            "host",
+            f"must be user@host or a name of the ssh configuration, got {shortened(p.host)!r}",
+        )
+    elif p.host is not None and (with_port := HOST_AND_PORT.fullmatch(p.host)):
+        yield "host", f"must be without a port, got {p.host!r}: use --port {with_port['port']}"
     if p.port is not None and not (_is_whole(p.port) and 1 <= p.port <= 65535):
         yield "port", f"must be a whole number from 1 to 65535, got {p.port!r}"
     if not (_is_whole(p.threads) and 1 <= p.threads <= 1024):
@@ -105,6 +116,8 @@ def _is_number(value: object) -> bool:
     return _is_whole(value) or isinstance(value, float)
 
 
+Tables = dict[str, dict[str, Any]]
+"""Of the user's file: device -> settings."""
 SETTABLE = tuple(field.name for field in fields(Profile) if field.name != "name")
 
 
@@ -152,6 +165,12 @@ def built_in() -> dict[str, Profile]:
     return found
 
 
+def stands_for(user_file: Path, name: str) -> Profile | None:
+    """The built-in board that the device is or was said to be like; None where nobody said."""
+    like = own_settings(user_file).get(name, {}).get(LIKE, name)
+    return built_in().get(like) if like != LOCAL else None
+
+
 def own_settings(user_file: Path) -> dict[str, dict[str, Any]]:
     """The tables of the user's file, as written; empty when there is none."""
     tables = _parsed(user_file, missing_ok=True)
@@ -169,8 +188,10 @@ def _overlaid(name: str, settings: Mapping[str, Any]) -> Profile:
     like = settings.get(LIKE, name if name in bases else ANY_BOARD)
     if not isinstance(like, str) or like not in bases or like == LOCAL:
         boards = ", ".join(base for base in bases if base != LOCAL)
-        raise UsageError(f"device {name!r} is like {like!r}: choose from {boards}")
-    _refuse_unknown(settings, (*SETTABLE, LIKE), where=f"device {name!r}")
+        raise UsageError(
+            f"device {shortened(name)!r} is like {shortened(like)!r}: choose from {boards}"
+        )
+    _refuse_unknown(settings, (*SETTABLE, LIKE), where=f"device {shortened(name)!r}")
     base = bases[like]
     if name != like:
         base = replace(base, name=name, title=f"{name}, like {like}")
@@ -202,13 +223,13 @@ def _refuse_unknown(settings: Mapping[str, Any], known: tuple[str, ...], *, wher
 def add_profile(
     user_file: Path, name: str, *, like: str | None = None, **settings: Any
 ) -> tuple[Profile, bool]:
-    """Write a device into the user's file, in place of the user's own one of that name.
+    """Write a device into the user's file; of the user's own one of that name, the rest stays.
 
     Args:
         user_file: the file; made when missing.
         name: of the device; a built-in one's name puts the user's board in its place.
         like: the built-in device whose settings apply where `settings` is silent.
-        **settings: fields of `Profile`; None is left out.
+        **settings: fields of `Profile`; None is left as it is.
 
     Returns:
         The device as it is from now on, and whether it replaced one of the user's own.
@@ -216,22 +237,32 @@ def add_profile(
     Raises:
         UsageError: a value out of range, or a file that cannot be read or written.
     """
-    table = {LIKE: like, **settings}
-    table = {key: value for key, value in table.items() if value is not None}
-    profile = _overlaid(name, table)
-    lines = [f"{key} = {_toml(value)}" for key, value in table.items()]
-    section = "\n".join([f"[{name}]", *lines, ""])
+    given = {LIKE: like, **settings}
+    given = {key: value for key, value in given.items() if value is not None}
+    _overlaid(name, given)  # what is wrong with the request, before any file is touched
+
+    def table(own: Tables) -> dict[str, Any]:
+        return {**own.get(name, {}), **given}
 
     def with_it(text: str) -> str:
+        settings = table(tomllib.loads(text))
+        try:
+            _overlaid(name, settings)
+        except UsageError as error:  # of what the user wrote there before
+            raise UsageError(
+                f"{user_file}: {error}: correct it, or harness devices remove {name} first"
+            ) from None
+        lines = [f"{key} = {_toml(value)}" for key, value in settings.items()]
+        section = "\n".join([f"[{name}]", *lines, ""])
         rest = _without(text, name)
         gap = "\n" if rest.strip() and not rest.endswith("\n\n") else ""
         return f"{rest}{gap}{section}"
 
-    def expected(own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {**own, name: table}
+    def expected(own: Tables) -> Tables:
+        return {**own, name: table(own)}
 
     before = _rewrite(user_file, with_it, expected)
-    return profile, name in before
+    return _overlaid(name, table(before)), name in before
 
 
 def remove_profile(user_file: Path, name: str) -> None:
@@ -245,7 +276,7 @@ def remove_profile(user_file: Path, name: str) -> None:
         if name in built_in():
             raise UsageError(f"{name} is built in, and nothing of your own is set for it")
         mine = ", ".join(own) or "none"
-        raise UsageError(f"no device of your own is called {name!r}; there are: {mine}")
+        raise UsageError(f"no device of your own is called {shortened(name)!r}; there are: {mine}")
     _rewrite(
         user_file,
         lambda text: _without(text, name),
@@ -269,9 +300,6 @@ def _without(text: str, name: str) -> str:
         return text if not text or text.endswith("\n") else text + "\n"
     following = header.search(text, start.end())
     return text[: start.start()] + (text[following.start() :] if following else "")
-
-
-Tables = dict[str, dict[str, Any]]
 
 
 def _rewrite(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from devices.emulated import EmulatedDevice, is_set_up
 from devices.local import LocalDevice
-from devices.profiles import LOCAL, Profile, profiles, user_file
+from devices.plain import shortened
+from devices.profiles import LOCAL, Profile, profiles, stands_for, user_file
 from devices.session import Device
 from harness.records import UsageError
 
@@ -22,7 +23,7 @@ def device_named(name: str) -> Device:
     if profile.host is not None:
         from devices.ssh import SshDevice  # with a library that only boards need
 
-        device: Device = SshDevice(profile)
+        device: Device = SshDevice(profile, stands_for=stands_for(user_file(), name))
         return device
     if profile.emulate is not None:
         return EmulatedDevice(profile)
@@ -52,5 +53,5 @@ def profile_named(name: str) -> Profile:
     """
     known = profiles(user_file())
     if name not in known:
-        raise UsageError(f"unknown device {name!r}: choose from {', '.join(known)}")
+        raise UsageError(f"unknown device {shortened(name)!r}: choose from {', '.join(known)}")
     return known[name]

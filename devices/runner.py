@@ -387,7 +387,14 @@ class Journal:
     def __init__(self, home: Path, key: Reply) -> None:
         head = json.dumps(key, sort_keys=True)
         folder = home / "journal"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise Refused(
+                f"{folder} must be a folder, for the journal, and a file is in the way:"
+                " move it away",
+                "runtime",
+            ) from None
         path = folder / (hashlib.sha256(head.encode()).hexdigest() + ".jsonl")
         self.key = key
         self.known: dict[int, int] = {}

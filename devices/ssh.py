@@ -28,7 +28,7 @@ from devices.connection import Limits
 from devices.conversation import RECONNECT_S, REPLY_TIMEOUT_S
 from devices.local import RUNNER
 from devices.plain import plain
-from devices.profiles import Profile
+from devices.profiles import ARCHITECTURE, Profile
 from devices.requests import Sensors
 from devices.session import DeviceSession, open_session
 from devices.transport import Refusal
@@ -218,8 +218,10 @@ class SshDevice:
         reply_timeout_s: float = REPLY_TIMEOUT_S,
         limits: Limits | None = None,
         notice: Callable[[str], None] | None = None,
+        stands_for: Profile | None = None,
     ) -> None:
         self._profile = profile
+        self._stands_for = stands_for
         self._reconnect_s = reconnect_s
         self._reply_timeout_s = reply_timeout_s
         self._limits = limits
@@ -250,8 +252,18 @@ class SshDevice:
             notice=self._notice,
             was_there=self._was_there,
         ) as session:
+            if not self._was_there:
+                self._compare(session.machine.arch)
             self._was_there = True
             yield session
+
+    def _compare(self, arch: str) -> None:
+        """One line where the machine cannot be the board that its profile stands for."""
+        if self._stands_for is not None and arch != ARCHITECTURE:
+            self._notice(
+                f"it answers as {plain(arch)}, not {ARCHITECTURE}: its rows say so, but these are"
+                f" not the predictions of: {self._stands_for.title}"
+            )
 
     def _tell(self, line: str) -> None:
         sys.stderr.write(f"{self.name}: {line}\n")

@@ -6,6 +6,8 @@ errors.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import socket
 from collections.abc import Sequence
@@ -53,7 +55,7 @@ async def host_key_refused(
     """
     import asyncssh
 
-    on_port = options.port if options.port != SSH_PORT else None
+    on_port = other_port(options.port)
     name = options.host_key_alias or options.host
     trusted = asyncssh.match_known_hosts(known, name, "", on_port)[0]
     refused = isinstance(error, asyncssh.HostKeyNotVerifiable)
@@ -66,7 +68,7 @@ async def host_key_refused(
     if not refused:
         return None
     where = f"[{name}]:{on_port}" if on_port else name
-    command = shlex.join(["ssh", *(["-p", str(on_port)] if on_port else []), destination])
+    command = _command("ssh", destination, on_port)
     if trusted:
         return Refusal(
             f"{destination} shows another host key than known_hosts has: somebody may be in"
@@ -79,8 +81,23 @@ async def host_key_refused(
     )
 
 
-def explained(error: Exception, destination: str) -> HarnessError:
-    """`error`, which is of asyncssh or of the system, as the user should read it."""
+def other_port(port: int | None) -> int | None:
+    """The port, if commands must name it."""
+    return None if port == SSH_PORT else port
+
+
+def _command(program: str, destination: str, port: int | None) -> str:
+    return shlex.join([program, *(["-p", str(port)] if port else []), destination])
+
+
+def explained(error: Exception, destination: str, *, port: int | None = None) -> HarnessError:
+    """`error`, which is of asyncssh or of the system, as the user should read it.
+
+    Args:
+        error: what was raised.
+        destination: as the user gave it.
+        port: what commands must name, if anything.
+    """
     import asyncssh
 
     reason = plain(error) or type(error).__name__
@@ -89,7 +106,8 @@ def explained(error: Exception, destination: str) -> HarnessError:
         case asyncssh.PermissionDenied():
             return DeviceUnreachable(
                 f"{host} refused the login{f' of {user}' if user else ''}: check the user name, and"
-                f" that `ssh {destination}` works without a password (ssh-copy-id {destination})"
+                f" that `{_command('ssh', destination, port)}` works without a password"
+                f" ({_command('ssh-copy-id', destination, port)})"
             )
         case asyncssh.SFTPConnectionLost() | asyncssh.SFTPNoConnection():
             return DeviceUnreachable(f"{destination}: the connection was lost: {reason}")
@@ -105,9 +123,17 @@ def explained(error: Exception, destination: str) -> HarnessError:
             )
         case OSError():  # also a connection that is reset
             return DeviceUnreachable(
-                f"cannot reach {destination}: {error.strerror or reason}: is it on, in this"
+                f"cannot reach {destination}: {_system_reason(error)}: is it on, in this"
                 " network, with SSH enabled?"
             )
         case ValueError():  # asyncssh's own for configuration and key files
             return UsageError(f"your ssh configuration for {destination}: {reason}")
     return DeviceUnreachable(f"{destination}: {type(error).__name__}: {reason}")
+
+
+def _system_reason(error: OSError) -> str:
+    """As the system calls it: asyncio has a text of its own, of several where a name has them."""
+    numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
+    if not numbers:
+        return plain(error.strerror or error) or type(error).__name__
+    return ", ".join(os.strerror(number).lower() for number in sorted(numbers))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from devices.profiles import user_folder
+from devices.profiles import CACHE_HINT, user_folder
 from harness.records import HarnessError
 
 OLDEST_GLIBC_MINOR = 17
@@ -127,7 +127,9 @@ def _fetched(requirement: str, target: Target) -> Wheel | None:
             path = cache / part.name
             part.replace(path)
     except OSError as error:
-        raise HarnessError(f"cannot keep wheels in {cache}: {error.strerror or error}") from None
+        raise HarnessError(
+            f"cannot keep wheels in {cache}: {error.strerror or error}; {CACHE_HINT}"
+        ) from None
     except ValueError:
         raise HarnessError(f"pip fetched no wheel, or several, for {requirement}") from None
     return _wheel(path)

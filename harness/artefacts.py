@@ -25,6 +25,8 @@ from harness.records import HarnessError, UsageError
 
 MAX_PT_BYTES = 2 * 2**30
 """Larger than any checkpoint of these models by far; a bigger file is a mistake or an attack."""
+REMAKE = "delete it, and the same command makes it again"
+"""What to do about a damaged file of our own."""
 _DOS_FOLDER = 0x10
 _WARNINGS = threading.Lock()
 """Held while warnings are silenced: that is a state of the whole process, and tasks run beside."""
@@ -95,12 +97,13 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def load_pt(path: Path, *, what: str) -> dict[str, Any]:
+def load_pt(path: Path, *, what: str, remedy: str = "make it again") -> dict[str, Any]:
     """Read a `.pt` file without executing anything in it.
 
     Args:
         path: the file.
         what: how to call it in an error, such as "UAP" or "checkpoint".
+        remedy: what to do about a damaged one; `REMAKE` for one of our own.
 
     Raises:
         UsageError: missing, too large, not a .pt file, truncated, holding pickled code, or not
@@ -113,7 +116,7 @@ def load_pt(path: Path, *, what: str) -> dict[str, Any]:
     if size > MAX_PT_BYTES:
         limit = MAX_PT_BYTES // 2**20
         raise UsageError(f"{what} {path} is {size // 2**20} MiB; at most {limit} MiB are accepted")
-    _check_archive(path, what=what)
+    _check_archive(path, what=what, remedy=remedy)
     try:
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,13 +130,13 @@ def load_pt(path: Path, *, what: str) -> dict[str, Any]:
         raise UsageError(f"cannot read {what} {path}: {error.strerror}") from None
     except Exception as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UsageError(f"{what} {path} is damaged ({reason}): make it again") from None
+        raise UsageError(f"{what} {path} is damaged ({reason}): {remedy}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{what} {path} holds a {type(content).__name__}, not a dictionary")
     return content
 
 
-def _check_archive(path: Path, *, what: str) -> None:
+def _check_archive(path: Path, *, what: str, remedy: str) -> None:
     """Refuse what is no zip archive, is cut off, or would unpack to far more than its size."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -142,13 +145,13 @@ def _check_archive(path: Path, *, what: str) -> None:
             # torch reads nothing for what claims to be a folder, and leaves memory as it was.
             folders = [i.filename for i in archive.infolist() if i.external_attr & _DOS_FOLDER]
     except Exception:  # zipfile raises a dozen kinds on hostile bytes, zlib.error among them
-        raise UsageError(f"{what} {path} is not a .pt file, or is cut off: make it again") from None
+        raise UsageError(f"{what} {path} is not a .pt file, or is cut off: {remedy}") from None
     if unpacked > MAX_PT_BYTES:
         raise UsageError(f"{what} {path} would unpack to {unpacked // 2**20} MiB: refused")
     if damaged is not None:
-        raise UsageError(f"{what} {path} is damaged (checksum of {damaged!r}): make it again")
+        raise UsageError(f"{what} {path} is damaged (checksum of {damaged!r}): {remedy}")
     if folders:
-        raise UsageError(f"{what} {path} is damaged ({folders[0]!r} is a folder): make it again")
+        raise UsageError(f"{what} {path} is damaged ({folders[0]!r} is a folder): {remedy}")
 
 
 def write_partial(path: Path, *, key: str, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from harness.records import (
     PredictionRun,
     UapRecord,
 )
+from harness.store_errors import cannot_write
 from harness.store_rows import (
     StoredLatency,
     StoredPrediction,
@@ -83,8 +84,11 @@ _MIGRATIONS = {
 class Store:
     """The results of one workspace. Use `open_store`; close it, or use it as a context manager."""
 
-    def __init__(self, connection: sqlite3.Connection, *, git_commit: str | None = None) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, path: Path, *, git_commit: str | None = None
+    ) -> None:
         self._db = connection
+        self._path = path
         self._git_commit = git_commit
 
     def __enter__(self) -> Store:
@@ -99,8 +103,11 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._db:
-            yield self._db
+        try:
+            with self._db:
+                yield self._db
+        except sqlite3.OperationalError as error:
+            raise cannot_write(error, self._path) or error from None
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -290,7 +297,7 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
 
     Raises:
         HarnessError: no such file (with `create=False`), not a results store, or one written by
-            a newer version.
+            a newer version; no space left, or the file cannot be written.
     """
     if not create and not path.exists():
         raise HarnessError(f"no results at {path}: run `harness attack-device` or `harness run`")
@@ -314,13 +321,13 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
-        raise HarnessError(
+        raise cannot_write(error, path) or HarnessError(
             f"cannot open {path} as a results store ({error}): move it away and run again"
         ) from None
     if version > SCHEMA_VERSION:
         connection.close()
         raise HarnessError(f"{path} was written by a newer harness (schema {version}): upgrade")
-    return Store(connection, git_commit=git_commit)
+    return Store(connection, path, git_commit=git_commit)
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

@@ -92,16 +92,20 @@ def _described(profile: Profile, *, own: bool) -> dict[str, Any]:
 def add(name: str, like: str | None, as_json: bool, **settings: Any) -> None:
     """Add a board of your own, or put one in the place of a built-in device.
 
+    Adding one of your own again changes what is given and keeps the rest.
+
     \b
     Examples:
       harness devices add rpi4 --host pi@raspberrypi.local
       harness devices add porch --host pi@192.168.1.7 --port 2222 --like rpi5 --budget 10m
     """
-    from devices.profiles import add_profile, user_file
+    from devices.profiles import add_profile, own_settings, user_file
 
     path = user_file()
     profile, replaced = add_profile(path, name, like=like, **settings)
     click.echo(f"{'changed' if replaced else 'added'} {name} in {path}", err=True)
+    now = ", ".join(f"{key} {value}" for key, value in own_settings(path)[name].items())
+    click.echo(f"now set: {now}", err=True)
     click.echo(f"next: harness devices bootstrap {name}", err=True)
     if as_json:
         click.echo(json.dumps(_described(profile, own=True), indent=2))
@@ -130,7 +134,7 @@ def bootstrap(name: str, as_json: bool) -> None:
     """Bring a device to where it runs models, and prove it; again does no harm.
 
     A board gets onnxruntime pushed to it and needs no internet. An emulated one is set up on this
-    machine: about 140 MB in your cache folder, under a minute.
+    machine: about 180 MB in your cache folder, under a minute.
 
     \b
     Examples:
@@ -158,6 +162,8 @@ def bootstrap(name: str, as_json: bool) -> None:
 @json_option
 def probe(name: str, as_json: bool) -> None:
     """Start the runner on a device and print what it says of itself.
+
+    On a fresh board it first installs the runtime, as bootstrap does; an emulated one is set up.
 
     \b
     Examples:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.artefacts import load_pt, save_pt, sha256_file
+from harness.artefacts import REMAKE, load_pt, save_pt, sha256_file
 from harness.records import UapRecord, UsageError
 
 BUDGET_TOLERANCE = 1e-4
@@ -91,14 +91,18 @@ def save_perturbation(path: Path, perturbation: Perturbation) -> None:
     )
 
 
-def load_perturbation(path: Path) -> Perturbation:
+def load_perturbation(path: Path, *, own: bool = False) -> Perturbation:
     """Read a UAP file from anywhere; nothing in it is trusted.
+
+    Args:
+        path: the file.
+        own: whether the workspace makes it anew when it is missing; only its errors differ.
 
     Raises:
         UsageError: missing, damaged, holding code, a missing field, a wrong type or shape,
             values that are not finite, or beyond its own budget.
     """
-    content = load_pt(path, what="UAP")
+    content = load_pt(path, what="UAP", remedy=REMAKE if own else "make it again")
     types: dict[str, type | tuple[type, ...]] = {
         "delta": torch.Tensor,
         "eps": (float, int),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.artefacts import load_pt, save_pt
+from harness.artefacts import REMAKE, load_pt, save_pt
 from harness.models.resnet import ModelSpec, ResNet
 from harness.records import UsageError
 
@@ -70,18 +70,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UsageError: missing, damaged, not a checkpoint, weights that do not fit or are not finite.
     """
-    content = load_pt(path, what="checkpoint")
+    content = load_pt(path, what="checkpoint", remedy=REMAKE)
     try:
         variant, key, meta = content["variant"], content["key"], content["meta"]
         spec, weights = _spec(content["spec"]), content["weights"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"{path} is not a checkpoint of this harness ({type(error).__name__}: {error}): "
-            "delete it and train again"
+            f"{REMAKE}"
         ) from None
     if not (isinstance(variant, str) and isinstance(key, str) and isinstance(meta, dict)):
-        raise UsageError(f"checkpoint {path} has fields of the wrong type: delete it, train again")
-    _check_weights(path, spec, weights)
+        raise UsageError(f"checkpoint {path} has fields of the wrong type: {REMAKE}")
+    try:
+        _check_weights(path, spec, weights)
+    except UsageError as error:
+        raise UsageError(f"{error}: {REMAKE}") from None
     return Checkpoint(variant=variant, key=key, spec=spec, weights=weights, meta=meta)
 
 

@@ -130,7 +130,9 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
 
 def _is_valid(brought: Brought, name: UapName) -> bool:
     path = brought.context.workspace.uap(name)
-    return path.exists() and load_perturbation(path).meta.get("key") == _key(brought, name)
+    if not path.exists():
+        return False
+    return load_perturbation(path, own=True).meta.get("key") == _key(brought, name)
 
 
 def _key(brought: Brought, name: UapName) -> str:

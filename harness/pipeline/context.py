@@ -61,17 +61,29 @@ class Context:
         if self.loaded is not None:
             return self.loaded
         config = self.config
-        # A path in harness.toml is of the folder one works in, as any; or beside harness.toml.
-        beside = self.workspace.root / config.dataset
-        named = Path(config.dataset)
         return load_dataset(
-            str(beside) if not named.exists() and beside.exists() else config.dataset,
+            self._dataset_name(),
             data_dir=self.data_dir,
             attack_images=config.craft.attack_images,
             evaluation_images=config.eval.images or None,
             seed=config.seed,
             progress=self.reporter.note,
         )
+
+    def _dataset_name(self) -> str:
+        """A path in harness.toml is of the folder one works in, as any; or beside harness.toml."""
+        name, root = self.config.dataset, self.workspace.root
+        if Path(name).exists():
+            return name
+        if (root / name).exists():
+            return str(root / name)
+        if name.lower().endswith(".npz") and not name.startswith(("/", "~")):
+            folders = dict.fromkeys((str(Path.cwd()), str(root.resolve())))
+            raise UsageError(
+                f"{name} does not exist in {' or in '.join(folders)}: put it there, or correct"
+                f" dataset in {root / 'harness.toml'}"
+            )
+        return name
 
     def build(self, tasks: Sequence[Task]) -> int:
         """Run what is not done yet, side by side where that pays. Returns how many were run."""

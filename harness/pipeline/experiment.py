@@ -221,7 +221,7 @@ def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
 
 def _foreign(path: Path) -> bool:
     """Whether a file under one of our names was made elsewhere: used as it is, not rebuilt."""
-    return path.exists() and "key" not in load_perturbation(path).meta
+    return path.exists() and "key" not in load_perturbation(path, own=True).meta
 
 
 def variant_victim(context: Context, name: str) -> Victim:

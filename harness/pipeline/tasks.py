@@ -118,14 +118,17 @@ def run_tasks(
     """
     ran = 0
     deadline = deadline or Deadline()
+    far: dict[str, float] = {}
     reporter.begin(tasks)
     try:
         for beside, group in itertools.groupby(tasks, key=lambda task: task.side_by_side):
-            ran += _Crew(reporter, jobs if beside else 1, deadline).run(list(group))
+            ran += _Crew(reporter, jobs if beside else 1, deadline, far).run(list(group))
     except TimeLimitReached:
         left = sum(not task.is_done() for task in tasks)
+        running = ", ".join(f"{name} at {100 * part:.0f} %" for name, part in far.items())
         raise TimeLimitReached(
-            f"time limit reached with {left} of {len(tasks)} tasks left: the same command goes on"
+            f"time limit reached with {left} of {len(tasks)} tasks left"
+            f"{f' ({running})' if running else ''}: the same command goes on"
         ) from None
     finally:
         reporter.end()
@@ -139,7 +142,11 @@ class _Stopped(Exception):
 class _Crew:
     """Runs one group of tasks, the longest chain of dependent ones first."""
 
-    def __init__(self, reporter: Reporter, jobs: int, deadline: Deadline) -> None:
+    def __init__(
+        self, reporter: Reporter, jobs: int, deadline: Deadline, far: dict[str, float]
+    ) -> None:
+        """`far` is kept: name of each task that is running -> fraction of it that is done."""
+        self._far = far
         self._reporter = reporter
         self._jobs = jobs
         self._deadline = deadline
@@ -176,14 +183,17 @@ class _Crew:
             return False
         self._check_time()
         self._tell(self._reporter.start, task)
+        self._far[task.name] = 0.0
         began = time.monotonic()
         task.run(lambda fraction, note: self._advance(task, fraction, note))
+        del self._far[task.name]
         self._tell(self._reporter.finish, task, max(time.monotonic() - began, 1e-3))
         return True
 
     def _advance(self, task: Task, fraction: float, note: str) -> None:
         if self._stopping.is_set():
             raise _Stopped
+        self._far[task.name] = fraction
         self._check_time()
         self._tell(self._reporter.advance, task, fraction, note)
 

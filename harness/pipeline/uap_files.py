@@ -72,7 +72,7 @@ def valid_uap(context: Context, name: UapName) -> bool:
     path = context.workspace.uap(name)
     if not path.exists():
         return False
-    perturbation = load_perturbation(path)
+    perturbation = load_perturbation(path, own=True)
     if perturbation.meta.get("key") != uap_key(context, name):
         return False
     if name.source in CONTROLS:

@@ -57,7 +57,16 @@ def test_a_board_comes_and_goes(run: Run, tmp_path: Path, own: Path) -> None:
     assert str(own) in added.err
     assert "next: harness devices bootstrap rpi4" in added.err
     assert "your own" in succeeded(run("devices", "list", cwd=tmp_path)).out
-    assert "changed" in succeeded(run(*command, cwd=tmp_path)).err
+    again = succeeded(run("devices", "add", "rpi4", "--host", "pi@other", cwd=tmp_path))
+    assert "changed rpi4" in again.err
+    now = next(line for line in again.err.splitlines() if line.startswith("now set: "))
+    settings = {"host pi@other", "port 2222", "threads 3", "budget_s 600.0"}
+    assert set(now.removeprefix("now set: ").split(", ")) == settings
+    assert listed(run, tmp_path)["rpi4"] == {
+        **row,
+        "host": "pi@other",
+        "runs": "over SSH: pi@other, port 2222",
+    }
     assert str(own) in succeeded(run("devices", "remove", "rpi4", cwd=tmp_path)).err
     assert listed(run, tmp_path)["rpi4"]["emulated"]
 

@@ -10,11 +10,13 @@ import torch
 
 from harness.config import Config, config_from_dict, preset_named
 from harness.pipeline.attack_settings import settings_of
+from harness.pipeline.checkpoints import valid_checkpoint
 from harness.pipeline.context import Context
-from harness.pipeline.uap_files import uap_key
+from harness.pipeline.experiment import locate_uap
+from harness.pipeline.uap_files import uap_key, valid_uap
 from harness.pipeline.uap_names import attack_of, control_names, targeted_names, white_box_names
 from harness.pipeline.uaps import craft_tasks
-from harness.records import UsageError
+from harness.records import UsageError, variant_named
 from harness.workspace import UapName, Workspace
 
 
@@ -90,3 +92,20 @@ def test_the_default_attack_spends_what_the_paper_would(tmp_path: Path) -> None:
     theirs = settings_of(ours, UapName("full", 10.0, attack="sgd"))
     assert theirs.rule.batch_size == 64
     assert theirs.epochs == settings.epochs
+
+
+def test_a_damaged_file_of_our_own_says_how_it_is_made_again(tmp_path: Path) -> None:
+    """A checkpoint or UAP that was cut off: the way out is to delete it."""
+    here = context(tmp_path)
+    name = UapName("full", 10)
+    for path in (here.workspace.checkpoint("full"), here.workspace.uap(name)):
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"weights": torch.zeros(100)}, path)
+        path.write_bytes(path.read_bytes()[:-40])
+    for look in (
+        lambda: valid_checkpoint(here, variant_named("full")),
+        lambda: valid_uap(here, name),
+        lambda: locate_uap(here, "cache/full_eps10.pt"),
+    ):
+        with pytest.raises(UsageError, match="cut off: delete it, and the same command makes it"):
+            look()

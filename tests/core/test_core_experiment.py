@@ -17,12 +17,20 @@ from harness.pipeline import craft_pass as craft_pass_module
 from harness.pipeline.context import Context
 from harness.pipeline.craft_pass import craft_pass
 from harness.pipeline.experiment import experiment_tasks
-from harness.records import PAPER_ORDER
+from harness.records import PAPER_ORDER, UsageError
 from harness.workspace import UapName, Workspace
 
 
 def context(root: Path) -> Context:
     return Context(Workspace(root, preset_named("quickstart")), torch.device("cpu"))
+
+
+def test_a_data_file_that_is_missing_is_told_with_where_it_was_looked_for(tmp_path: Path) -> None:
+    config = preset_named("quickstart", dataset="photos.npz")
+    here = Context(Workspace(tmp_path, config), torch.device("cpu"))
+    with pytest.raises(UsageError) as missing:
+        _ = here.data
+    assert f"photos.npz does not exist in {Path.cwd()} or in {tmp_path}: " in str(missing.value)
 
 
 def measured(root: Path, **device: Any) -> tuple[list[str], list[str]]:

@@ -313,3 +313,38 @@ def test_the_newest_instruction_count_of_a_model_on_a_device(store: Store) -> No
         (digest("m"), "rpi4", "1.31"): 7,
         (digest("m"), "rpi4", "1.32"): 9,
     }
+
+
+def test_a_full_disk_is_told_as_one_and_the_store_stays_as_it_was(
+    tmp_path: Path, store: Store
+) -> None:
+    before = store.predictions()
+    store._db.execute("PRAGMA max_page_count = 1")  # no more than there are: SQLite's own error
+    with pytest.raises(HarnessError, match=r"no space left where .*results\.db is: free some"):
+        store.add_prediction_runs([prediction_run(LABELS)] * 5000)
+    with open_store(tmp_path / "results.db") as again:
+        assert again.predictions() == before
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (sqlite3.SQLITE_FULL, "no space left where"),
+        (sqlite3.SQLITE_IOERR | 4 << 8, "free some and run again"),  # SQLITE_IOERR_FSYNC
+        (sqlite3.SQLITE_BUSY, "wait for it"),
+        (sqlite3.SQLITE_READONLY, "permissions"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_now_is_not_to_be_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: str
+) -> None:
+    error = sqlite3.OperationalError("as SQLite calls it")
+    error.sqlite_errorcode = code
+
+    def connect(*_arguments: object, **_options: object) -> sqlite3.Connection:
+        raise error
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    said = refused(tmp_path / "results.db")
+    assert told in said
+    assert "away" not in said

@@ -172,6 +172,17 @@ def test_a_time_limit_that_is_over_builds_nothing_but_finished_work_is_no_failur
         run_tasks([done, task("b", lambda _: pytest.fail("run"))], Silent(), deadline=over)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_time_limit_says_how_far_what_was_running_is(jobs: int) -> None:
+    def run(progress: Progress) -> None:
+        for percent in range(100):
+            progress(percent / 100, "")
+
+    tasks = [task("done", lambda _: None, beside=False), task("train full", run)]
+    with pytest.raises(TimeLimitReached, match=r" tasks left \(train full at 45 %\): the same"):
+        run_tasks(tasks, Silent(), jobs=jobs, deadline=Ticks(47))
+
+
 def test_estimates_know_what_runs_side_by_side() -> None:
     def idle(_progress: Progress) -> None: ...
 

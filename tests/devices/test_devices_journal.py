@@ -450,3 +450,12 @@ def test_it_waits_until_the_board_is_cool(monkeypatch) -> None:
         runner.cool_down(60.0)
     monkeypatch.setattr(runner, "read_telemetry", lambda: {"temperature_c": None})
     runner.cool_down(60.0)
+
+
+def test_a_file_in_the_place_of_the_journal_is_one_clear_line(tmp_path, model, images) -> None:
+    (tmp_path / "journal").write_text("in the way")
+    with (
+        session_at(tmp_path, model, images) as session,
+        pytest.raises(HarnessError, match=r"/journal must be a folder.*a file is in the way: move"),
+    ):
+        session.predict(None)

@@ -24,6 +24,7 @@ from ssh_boards import LIMITS, OpenSsh, User, board_profile, descendants, device
 
 from devices.local import RUNNER
 from devices.perturbation import perturb
+from devices.profiles import built_in
 from devices.session import DeviceSession
 from harness.records import DeviceUnreachable, HarnessError, UsageError
 
@@ -186,7 +187,8 @@ def test_another_known_hosts_file_is_honoured(openssh: OpenSsh, ssh_user: User) 
 def test_a_wrong_user_is_refused(openssh: OpenSsh) -> None:
     refusal(
         DeviceUnreachable,
-        match=r"refused the login of nobody-here.*ssh-copy-id nobody-here@board",
+        match=r"refused the login of nobody-here.*`ssh -p \d+ nobody-here@board` works without a"
+        rf".*ssh-copy-id -p {openssh.port} nobody-here@board",
         profile=board_profile(host="nobody-here@board"),
     )
 
@@ -198,7 +200,7 @@ def test_a_key_that_is_not_authorised_is_refused(openssh: OpenSsh, ssh_user: Use
 
 def test_an_unreachable_host_is_named(openssh: OpenSsh) -> None:
     openssh.stop()
-    refusal(DeviceUnreachable, match=r"cannot reach board: .*is it on, in this network")
+    refusal(DeviceUnreachable, match=r"cannot reach board: connection refused: is it on, in this")
     name = "no-such-board.invalid"
     refusal(DeviceUnreachable, match=f"no host {name}", profile=board_profile(host=name))
 
@@ -232,6 +234,25 @@ def test_what_is_no_ssh_is_refused(ssh_user: User) -> None:
 def test_a_damaged_ssh_configuration_is_the_users_error(openssh, ssh_user: User) -> None:
     (ssh_user.ssh / "config").write_text("Host board\n  Port many\n")
     refusal(UsageError, match="your ssh configuration for board")
+
+
+def test_a_missing_key_file_is_named_with_who_names_it(openssh, ssh_user: User) -> None:
+    (ssh_user.ssh / "id_test").unlink()
+    refusal(
+        UsageError, match=r"/id_test is missing: ~/\.ssh/config names it .*IdentityFile.* board"
+    )
+
+
+@pytest.mark.parametrize("like", ["rpi4", None])
+def test_another_architecture_is_told_once(openssh: OpenSsh, like: str | None) -> None:
+    told: list[str] = []
+    board = device(stands_for=built_in()[like] if like else None, notice=told.append)
+    for _ in range(2):
+        with board.open() as session:
+            arch = session.machine.arch
+    expected = f"it answers as {arch}, not aarch64: its rows say so, but these are not the"
+    wanted = like is not None and arch != "aarch64"
+    assert [line.startswith(expected) for line in told] == [True] * wanted
 
 
 def test_without_asyncssh_it_says_what_to_install(openssh: OpenSsh, monkeypatch) -> None:
@@ -457,7 +478,9 @@ def test_a_board_that_stays_away_is_given_up(openssh: OpenSsh, model, images) ->
             openssh.stop()
             session.predict(None)
 
-    with pytest.raises(DeviceUnreachable, match=r"trying again for 1 s did not help.*cannot reach"):
+    with pytest.raises(
+        DeviceUnreachable, match=r"trying again for 1 s did not help.*cannot reach.*command goes on"
+    ):
         use()
 
 

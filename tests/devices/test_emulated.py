@@ -250,7 +250,9 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(DeviceUnreachable, match=f"cannot write .*file.*{NO_BOARD}"):
+    with pytest.raises(
+        DeviceUnreachable, match=f"cannot write .*file.*XDG_CACHE_HOME .*{NO_BOARD}"
+    ):
         set_up_emulator(rpi4, on_progress=lambda _: None)
 
 
@@ -260,7 +262,7 @@ def test_a_full_disk(rpi4: Profile, cache: Path) -> None:
     if os.geteuid() or subprocess.run(["mount", *options], check=False).returncode:
         pytest.skip("a small disk takes root, and a system that lets it mount one")
     try:
-        with pytest.raises(DeviceUnreachable, match=r"MB free, \d+ MB are needed.*"):
+        with pytest.raises(DeviceUnreachable, match=r"MB free, \d+ MB are needed.*XDG_CACHE_HOME"):
             emulated_python(rpi4, on_progress=lambda _: None)
         assert left_in(cache) == []
     finally:

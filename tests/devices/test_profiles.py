@@ -18,6 +18,7 @@ from devices.profiles import (
     built_in,
     profiles,
     remove_profile,
+    stands_for,
     user_file,
 )
 from devices.registry import device_named, how_it_runs, profile_named
@@ -51,7 +52,8 @@ def test_one_own_board_takes_a_built_in_one_s_place(mine: Path) -> None:
     assert how_it_runs(profile) == "over SSH: pi@board"
     changed, replaced = add_profile(mine, "rpi4", host="pi@other", port=2222)
     assert replaced
-    assert (changed.host, changed.port, changed.budget_s) == ("pi@other", 2222, None)
+    assert (changed.host, changed.port, changed.budget_s) == ("pi@other", 2222, 600.0)
+    assert changed == profiles(mine)["rpi4"]  # what was not given again stayed
     remove_profile(mine, "rpi4")
     assert profiles(mine) == built_in()
     assert device_named("rpi4").emulated
@@ -63,6 +65,15 @@ def test_another_name_is_like_any_board_unless_it_says(mine: Path) -> None:
     hot, _ = add_profile(mine, "attic", host="pi@fe80::1%eth0", like="rpi5")
     assert (hot.cooling_c, hot.emulated) == (60.0, False)
     assert list(profiles(mine)) == [*built_in(), "porch", "attic"]
+
+
+def test_only_a_board_that_somebody_named_is_stood_for(mine: Path) -> None:
+    add_profile(mine, "rpi4", host="pi@board")
+    add_profile(mine, "attic", host="attic", like="rpi5")
+    add_profile(mine, "porch", host="porch")
+    boards = {name: stands_for(mine, name) for name in ("rpi4", "attic", "porch", "local")}
+    known = built_in()
+    assert boards == {"rpi4": known["rpi4"], "attic": known["rpi5"], "porch": None, "local": None}
 
 
 def test_what_the_user_wrote_stays(mine: Path) -> None:
@@ -114,6 +125,7 @@ def test_many_may_add_at_once(mine: Path) -> None:
         ({"host": "pi@board; reboot"}, "host"),
         ({"host": "pi@bo\nard"}, "host"),
         ({"host": ""}, "host"),
+        ({"host": "pi@127.0.0.1:22"}, "use --port 22"),
         ({"host": "b", "port": 0}, "port"),
         ({"host": "b", "port": True}, "port"),
         ({"host": "b", "threads": 0}, "threads"),
@@ -199,6 +211,20 @@ def test_a_board_without_a_host_cannot_be_opened(mine: Path) -> None:
 @given(st.text().filter(str.isprintable))
 def test_any_printable_text_survives_toml(text: str) -> None:
     assert tomllib.loads(f"x = {_toml(text)}")["x"] == text
+
+
+def test_a_name_of_thousands_of_characters_is_shortened(mine: Path) -> None:
+    name = "x" * 5000
+    for use in (
+        lambda: add_profile(mine, name, host="board"),
+        lambda: add_profile(mine, "porch", host=name),
+        lambda: add_profile(mine, "porch", host="board", like=name),
+        lambda: remove_profile(mine, name),
+        lambda: device_named(name),
+    ):
+        with pytest.raises(UsageError) as error:
+            use()
+        assert len(str(error.value)) < 200
 
 
 def test_a_profile_checks_itself() -> None:
