@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -38,6 +39,8 @@ from harness.store_rows import (
 )
 
 SCHEMA_VERSION = 3
+BUSY_SECONDS = 30.0
+"""How long another writer is waited for."""
 
 _INSTRUCTION_COUNT = """
 CREATE TABLE instruction_count (
@@ -304,20 +307,16 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
     connection = None
     try:
         # Autocommit off by hand: every write goes through `with connection`.
-        connection = sqlite3.connect(path, timeout=30)
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA foreign_keys = ON")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise sqlite3.DatabaseError("it is another program's database")
-            with connection:
-                connection.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
+            _create(connection)
         elif version < SCHEMA_VERSION:
             _migrate(connection)
+        if version <= SCHEMA_VERSION:
+            _log_ahead(connection)
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
@@ -328,6 +327,32 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
         connection.close()
         raise HarnessError(f"{path} was written by a newer harness (schema {version}): upgrade")
     return Store(connection, path, git_commit=git_commit)
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    """Make the tables in one transaction, whoever else opens the same new file meanwhile."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("PRAGMA user_version").fetchone()[0]:
+            return
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise sqlite3.DatabaseError("it is another program's database")
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _log_ahead(connection: sqlite3.Connection) -> None:
+    """Write-ahead logging: readers go on while a run is written."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            # SQLite does not wait here for another that does the same.
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli_cases import Outcome, Tiny, artefacts, contents, environment, raw_predictions, succeeded
+
+from harness.training import loop
 
 # Unfinished work is saved every few seconds; here every epoch, so that epochs of milliseconds are
 # continued from the middle too.
@@ -59,15 +62,16 @@ def end(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`: the runners."""
+def runners_of(pid: int) -> list[int]:
+    """The runners whose parent is `pid`; not what libraries start, such as `uname`."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
+            command = stat.with_name("cmdline").read_bytes()
         except OSError:  # ended in between
             continue
-        if int(fields[1]) == pid:
+        if int(fields[1]) == pid and b"runner.py" in command:
             found.append(int(stat.parent.name))
     return found
 
@@ -90,7 +94,7 @@ def test_killed_at_many_moments(empty: Path, tiny: Tiny) -> None:
         process = start(empty, *COMMAND)
         wait_for(condition, process)
         time.sleep(rng.uniform(0.0, at_most))
-        runners = children(process.pid)
+        runners = runners_of(process.pid)
         process.kill()
         killed += end(process).code == -signal.SIGKILL
         continued |= bool(list((cache / ".partial").glob("*.pt")))
@@ -118,25 +122,35 @@ def test_killed_at_many_moments(empty: Path, tiny: Tiny) -> None:
         assert predictions.tolist() == expected[key].tolist()
 
 
-def test_killed_while_continuing(empty: Path, tiny: Tiny) -> None:
-    """Unfinished training really is continued: from the saved epoch on, not from the start."""
+def test_killed_while_continuing(
+    empty: Path, tiny: Tiny, run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unfinished training really is continued: from the saved step on, not from the start."""
     partial = empty / "cache" / ".partial" / "train_full.pt"
     process = start(empty, "train", "--model", "full")
     wait_for(partial.exists, process)
     os.kill(process.pid, signal.SIGKILL)
     end(process)
-    assert partial.exists()
-    process = start(empty, "train", "--model", "full")
-    # Of two epochs one is left, after which nothing is saved: the file must not change.
-    seen = set()
-    while process.poll() is None:
-        if partial.exists():
-            seen.add(partial.stat().st_mtime_ns)
-        time.sleep(0.002)
-    succeeded(end(process))
-    assert len(seen) == 1
+    saved = torch.load(partial, weights_only=True)["state"]
+    taken = []
+
+    def counted(*arguments: object) -> None:
+        taken.append(1)
+        train_step(*arguments)
+
+    train_step = loop._train_step
+    monkeypatch.setattr(loop, "_train_step", counted)
+    succeeded(run("train", "--model", "full", cwd=empty))
+    continued = len(taken)
     assert not partial.exists()
     assert contents(artefacts(empty))["full.pt"] == contents(artefacts(tiny.root))["full.pt"]
+
+    (empty / "cache" / "full.pt").unlink()
+    taken.clear()
+    succeeded(run("train", "--model", "full", cwd=empty))
+    steps_each = len(taken) // 2  # of two epochs
+    assert continued == len(taken) - (saved["epoch"] * steps_each + saved["step"])
+    assert 0 < continued < len(taken)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"not a partial", b"PK\x03\x04 cut"])
@@ -163,8 +177,9 @@ def test_control_c_is_one_line_and_130(stage: str, empty: Path, workspace: Path)
         for leftover in root.glob("results.db*"):
             leftover.unlink()
         process = start(root, *COMMAND)
-        wait_for(lambda: bool(children(process.pid)), process)  # a runner has started
-    os.kill(process.pid, signal.SIGINT)
+        wait_for(lambda: bool(runners_of(process.pid)), process)  # a runner has started
+    assert process.poll() is None, end(process)
+    process.send_signal(signal.SIGINT)
     outcome = end(process)
     assert outcome.code == 130, outcome.err
     assert outcome.out == ""
@@ -173,4 +188,4 @@ def test_control_c_is_one_line_and_130(stage: str, empty: Path, workspace: Path)
     assert outcome.err.count("interrupted") == 1
     assert "Traceback" not in outcome.err
     assert not list((root / "cache").glob(".*.tmp"))
-    assert not children(process.pid)
+    assert not runners_of(process.pid)
