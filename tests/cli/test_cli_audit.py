@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from cli_cases import Tiny, harness, snapshot, succeeded
+from cli_cases import Outcome, Tiny, snapshot, succeeded
 
 
 def workspace(tiny: Tiny, root: Path) -> Path:
@@ -16,9 +17,11 @@ def workspace(tiny: Tiny, root: Path) -> Path:
     return root
 
 
-def test_one_question_and_again_at_once(tiny: Tiny, tmp_path: Path) -> None:
+def test_one_question_and_again_at_once(
+    run: Callable[..., Outcome], tiny: Tiny, tmp_path: Path
+) -> None:
     root = workspace(tiny, tmp_path / "w")
-    out = succeeded(harness("audit", "--question", "split", "--workspace", root, cwd=tmp_path)).out
+    out = succeeded(run("audit", "--question", "split", "--workspace", root, cwd=tmp_path)).out
     assert "train" not in out
     assert out.strip() == str(root / "audit" / "audit.md")
     arms = {path.name for path in (root / "audit").iterdir() if path.is_dir()}
@@ -33,7 +36,7 @@ def test_one_question_and_again_at_once(tiny: Tiny, tmp_path: Path) -> None:
     assert asked["seeds"]["contrasts"] == []
     assert asked["seeds"]["conclusion"] == "Not measured."
     before = snapshot(root)
-    again = succeeded(harness("audit", "--question", "split", "--workspace", root, cwd=tmp_path))
+    again = succeeded(run("audit", "--question", "split", "--workspace", root, cwd=tmp_path))
     assert "train" not in again.err
     after = snapshot(root)
     changed = {name for name in before if before[name] != after[name]}
@@ -45,12 +48,14 @@ def test_one_question_and_again_at_once(tiny: Tiny, tmp_path: Path) -> None:
     }
 
 
-def test_in_slices_it_ends_where_a_whole_run_does(tiny: Tiny, tmp_path: Path) -> None:
+def test_in_slices_it_ends_where_a_whole_run_does(
+    run: Callable[..., Outcome], tiny: Tiny, tmp_path: Path
+) -> None:
     root = workspace(tiny, tmp_path / "w")
     command = ("audit", "--question", "unit_masks", "--workspace", root, "--time-limit")
     codes = []
     while not codes or codes[-1] == 124:
-        done = harness(*command, "2s" if len(codes) < 3 else "10m", cwd=tmp_path)
+        done = run(*command, "2s" if len(codes) < 3 else "10m", cwd=tmp_path)
         codes.append(done.code)
         assert "Traceback" not in done.err
     assert codes[-1] == 0
@@ -64,28 +69,32 @@ def test_in_slices_it_ends_where_a_whole_run_does(tiny: Tiny, tmp_path: Path) ->
     assert (arm / "full.pt").read_bytes() == (root / "cache" / "full.pt").read_bytes()
 
 
-def test_seeds_on_other_images_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_seeds_on_other_images_are_refused(
+    run: Callable[..., Outcome], tiny: Tiny, tmp_path: Path
+) -> None:
     root = workspace(tiny, tmp_path / "w")
     config = root / "harness.toml"
     config.write_text(config.read_text().replace("images = 100", "images = 60"))
-    done = harness("audit", "--question", "seeds", "--workspace", root, cwd=tmp_path)
+    done = run("audit", "--question", "seeds", "--workspace", root, cwd=tmp_path)
     assert done.code == 2
     assert (
         done.err.strip().splitlines()[-1].startswith("error: eval.images = 60 draws other images")
     )
 
 
-def test_questions_are_listed_and_unknown_ones_named(tmp_path: Path) -> None:
-    listed = succeeded(harness("audit", "--list", cwd=tmp_path)).out
+def test_questions_are_listed_and_unknown_ones_named(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    listed = succeeded(run("audit", "--list", cwd=tmp_path)).out
     assert [line.split()[0] for line in listed.splitlines()][:3] == [
         "split",
         "batch_norm",
         "attack",
     ]
-    done = harness("audit", "--question", "speed", cwd=tmp_path)
+    done = run("audit", "--question", "speed", cwd=tmp_path)
     assert done.code == 2
     assert "no question 'speed': choose from split" in done.err
-    assert harness("audit", cwd=tmp_path).code == 2  # no workspace here
+    assert run("audit", cwd=tmp_path).code == 2  # no workspace here
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.records import HarnessError
-from harness.store import SCHEMA_VERSION, Store, open_store
+from harness.store import Store, open_store
+from harness.store_schema import SCHEMA_VERSION
 
 LABELS = (0, 1, 2, 3)
 
