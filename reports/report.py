@@ -30,13 +30,20 @@ class ReportPaths:
     paper_json: Path | None = None
 
 
-def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> ReportPaths:
+def write_report(
+    store: Store, out_dir: Path, *, device: str | None = None, beside: Store | None = None
+) -> ReportPaths:
     """Write the report of everything in `store` into `out_dir`, creating it.
 
-    The headline is about `device`; by default `local`, else the device with most rows.
+    Args:
+        store: what to report.
+        out_dir: where.
+        device: the headline is about it; by default `local`, else the device with most rows.
+        beside: a run on the other of the paper's two data sets, for its claims about both.
 
     Raises:
-        HarnessError: no results yet, none of that device, or the folder cannot be written.
+        HarnessError: no results yet, none of that device, `beside` is not of the other data set,
+            or the folder cannot be written.
     """
     # matplotlib and jinja2 wait until there is something to draw.
     from reports import masking_table, page, tables
@@ -44,7 +51,7 @@ def write_report(store: Store, out_dir: Path, *, device: str | None = None) -> R
     from reports.selection import build_view
 
     view = build_view(store, device=device)
-    against = paper_files(view)
+    against = paper_files(view, build_view(beside, device=device) if beside else None)
     paper, paper_json = out_dir / "paper.html", out_dir / "paper.json"
     paths = ReportPaths(
         html=out_dir / "index.html",

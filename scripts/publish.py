@@ -7,6 +7,8 @@ published store anew, for when the report itself changed.
 
     python scripts/publish.py workspace reports/published/cifar10 --title "CIFAR-10, reduced scale"
     python scripts/publish.py --again reports/published/cifar10
+
+`--beside FOLDER` names the published run on the paper's other data set, for its claims about both.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from harness.records import PredictionRun
@@ -44,13 +47,13 @@ Made by, with the data file beside `harness.toml`:
 
 ```console
 $ harness run
-$ python scripts/publish.py . {folder}
+$ python scripts/publish.py . {folder}{published_beside}
 ```
 
 `harness.toml` holds every seed and setting. The report, from the stored predictions alone:
 
 ```console
-$ xz --decompress --keep {store} && harness report --workspace . --out report
+$ xz --decompress --keep {store}{other} && harness report --workspace . --out report{beside}
 ```
 
 - `report/index.html`: the report; beside it CSV, JSON, Markdown, LaTeX
@@ -59,7 +62,9 @@ $ xz --decompress --keep {store} && harness report --workspace . --out report
 """
 
 
-def publish(workspace: Path, folder: Path, *, title: str, note: str) -> None:
+def publish(
+    workspace: Path, folder: Path, *, title: str, note: str, beside: Path | None = None
+) -> None:
     """Write the folder; an older one of the same name is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(workspace / "harness.toml", folder / "harness.toml")
@@ -73,21 +78,29 @@ def publish(workspace: Path, folder: Path, *, title: str, note: str) -> None:
         with open_store(compact, create=False) as store:
             facts = _facts(store)
     (folder / UAPS).write_bytes(_uaps(workspace / "cache"))
-    again(folder)
+    again(folder, beside)
+    name = beside.name if beside else ""
     text = TEMPLATE.format(
-        title=title, note=note, folder=folder.name, store=STORE, uaps=UAPS, **facts
-    )
+        title=title, note=note, folder=folder.name, store=STORE, uaps=UAPS, **facts,
+        published_beside=f" --beside {name}" if name else "",
+        beside=f" --beside ../{name}" if name else "",
+        other=f" ../{name}/{STORE}" if name else "",
+    )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def again(folder: Path) -> None:
+def again(folder: Path, beside: Path | None = None) -> None:
     """The report of the published store."""
-    with tempfile.TemporaryDirectory() as scratch:
-        store_file = Path(scratch) / "results.db"
-        store_file.write_bytes(lzma.decompress((folder / STORE).read_bytes()))
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as opened:
+
+        def unpacked(where: Path) -> Store:
+            file = Path(scratch) / f"{where.name}.db"
+            file.write_bytes(lzma.decompress((where / STORE).read_bytes()))
+            return opened.enter_context(open_store(file, create=False))
+
+        store, other = unpacked(folder), unpacked(beside) if beside else None
         shutil.rmtree(folder / "report", ignore_errors=True)
-        with open_store(store_file, create=False) as store:
-            write_report(store, folder / "report")
+        write_report(store, folder / "report", beside=other)
 
 
 def _uaps(cache: Path) -> bytes:
@@ -139,13 +152,20 @@ def main() -> None:
     parser.add_argument("--title", default="Published results")
     parser.add_argument("--note", default="")
     parser.add_argument("--again", type=Path, metavar="FOLDER")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     if given.again is not None:
-        again(given.again)
+        again(given.again, given.beside)
     elif given.workspace is None or given.folder is None:
         parser.error("name a workspace and a folder, or --again FOLDER")
     else:
-        publish(given.workspace, given.folder, title=given.title, note=given.note)
+        publish(
+            given.workspace,
+            given.folder,
+            title=given.title,
+            note=given.note,
+            beside=given.beside,
+        )
 
 
 if __name__ == "__main__":

@@ -17,15 +17,25 @@ from harness.records import HarnessError, deployable_named
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: report."
 )
+@click.option(
+    "--beside",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="WORKSPACE",
+    help="A workspace on the paper's other data set: judges what the paper says of both.",
+)
 @json_option
-def report(root: Path, device_name: str | None, out: Path | None, as_json: bool) -> None:
+def report(
+    root: Path, device_name: str | None, out: Path | None, beside: Path | None, as_json: bool
+) -> None:
     """Write the report from the results store: HTML, CSV, JSON, Markdown, LaTeX.
 
     \b
     Examples:
       harness report
       harness report --device local --out /tmp/report
+      harness report --beside ../svhn
     """
+    from contextlib import ExitStack
     from dataclasses import asdict
 
     from harness.store import open_store
@@ -33,8 +43,13 @@ def report(root: Path, device_name: str | None, out: Path | None, as_json: bool)
     from reports.report import write_report
 
     workspace = open_workspace(root)
-    with open_store(workspace.results, create=False) as store:
-        paths = write_report(store, out or workspace.report, device=device_name)
+    with ExitStack() as opened:
+        store = opened.enter_context(open_store(workspace.results, create=False))
+        other = None
+        if beside is not None:
+            there = open_workspace(beside).results
+            other = opened.enter_context(open_store(there, create=False))
+        paths = write_report(store, out or workspace.report, device=device_name, beside=other)
     if as_json:
         written = {name: str(path) for name, path in asdict(paths).items() if path is not None}
         click.echo(json.dumps(written))

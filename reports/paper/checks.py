@@ -3,12 +3,14 @@
 Enters: cells of a `Study`. Leaves: differences with intervals, p-values and one of three states.
 A check compares the mean rate of some cells with `factor` times the mean rate of others on the same
 images: exact McNemar and Tango's interval for two single perturbations, else the bootstrap of
-`harness.bootstrap`. p-values are Holm-adjusted over every check of the page. Intervals are
-simultaneous over the checks of a claim (Bonferroni), so that one of many does not decide by chance.
+`harness.bootstrap`. A contrast compares what a check finds on two data sets. p-values are
+Holm-adjusted over every check of the page. Intervals are simultaneous over the checks of a claim
+(Bonferroni), so that one of many does not decide by chance.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from harness import metrics
-from harness.bootstrap import CONFIDENCE, difference
+from harness.bootstrap import CONFIDENCE, difference, mean_over_seeds
 from harness.metrics import UNSEEN
 from harness.records import ResultRow
 from reports.inference import ALPHA
@@ -37,7 +39,10 @@ State = Literal["yes", "no", "open"]
 
 @dataclass(frozen=True)
 class Check:
-    """The first cells' mean rate is claimed to be lower, higher, or the same as the second's."""
+    """The first cells' mean rate is claimed to be lower, higher, or the same as the second's.
+
+    Without second cells the rate stands for itself, as a side of a `Contrast`.
+    """
 
     name: str
     first: tuple[Cell, ...]
@@ -72,6 +77,42 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """What one check finds on a data set is claimed to be lower or higher than on another."""
+
+    name: str
+    first: Check
+    first_view: View
+    first_title: str
+    second: Check
+    second_view: View
+    second_title: str
+    expects: Literal["lower", "higher"]
+    factor: float = 1.0
+    margin: float = MARGIN
+
+    @property
+    def published(self) -> tuple[float, float]:
+        return self.first.published_difference, self.second.published_difference
+
+    @property
+    def published_difference(self) -> float:
+        first, second = self.published
+        return first - second
+
+    @property
+    def supported(self) -> bool:
+        found = self.published_difference
+        return found < 0 if self.expects == "lower" else found > 0
+
+    @property
+    def missing(self) -> list[str]:
+        """What was not measured, and on which data set."""
+        sides = (self.first, self.first_title), (self.second, self.second_title)
+        return [f"{what} on {title}" for side, title in sides for what in side.missing]
+
+
+@dataclass(frozen=True)
 class Estimated:
     """A check's difference on the images that all of its rows saw."""
 
@@ -89,7 +130,7 @@ class Estimated:
 class Decided:
     """A check and what came of it."""
 
-    check: Check
+    check: Check | Contrast
     found: Estimated
     state: State
 
@@ -107,13 +148,15 @@ def estimate(view: View, check: Check, *, level: float) -> Estimated | None:
     if not seen.any():
         return None
     hits = [[_hits(view, row)[seen] for row in repeats] for repeats in (*first, *second)]
-    one = np.mean([np.mean(h, axis=0) for h in hits[: len(first)]], axis=0)
-    other = np.mean([np.mean(h, axis=0) for h in hits[len(first) :]], axis=0)
+    one = _image_means(hits[: len(first)])
+    other = _image_means(hits[len(first) :]) if second else np.zeros_like(one)
     means = float(one.mean()), float(other.mean())
     single = len(first) == len(second) == 1 and check.factor == 1.0
     if single and len(rows) == 2:
         return _exact(hits[0][0], hits[1][0], means, level)
-    if single:  # one perturbation each, of several crafting seeds: they are drawn too
+    if len(first) == 1 and not second:
+        found = mean_over_seeds(np.stack(hits[0]))
+    elif single:  # one perturbation each, of several crafting seeds: they are drawn too
         sides = np.stack(hits[0]), np.stack(hits[1])
         same = [row.uap_sha256 for row in first[0]] == [row.uap_sha256 for row in second[0]]
         found = difference(*sides, same_seeds=same)
@@ -128,6 +171,12 @@ def estimate(view: View, check: Check, *, level: float) -> Estimated | None:
         found.p,
         found.n,
     )
+
+
+def _image_means(hits: list[list[npt.NDArray[np.bool_]]]) -> npt.NDArray[np.float64]:
+    """[N], averaged over crafting seeds and then over perturbations."""
+    means: npt.NDArray[np.float64] = np.mean([np.mean(h, axis=0) for h in hits], axis=0)
+    return means
 
 
 def _exact(
@@ -159,7 +208,28 @@ def _hits(view: View, row: ResultRow) -> npt.NDArray[np.bool_]:
     return found
 
 
-def state_of(check: Check, found: Estimated) -> State:
+def contrast(check: Contrast, *, level: float) -> Estimated | None:
+    """The difference between two data sets, whose images were drawn apart.
+
+    The interval joins those of the sides (MOVER: Zou and Donner 2008), and p is of the same reach
+    towards zero, under a normal curve.
+    """
+    one = estimate(check.first_view, check.first, level=level)
+    other = estimate(check.second_view, check.second, level=level)
+    if one is None or other is None:
+        return None
+    value = one.value - other.value
+    below = math.hypot(one.value - one.low, other.high - other.value)
+    above = math.hypot(one.high - one.value, other.value - other.low)
+    reach = below if value > 0 else above
+    z = abs(value) / reach * _quantile(level) if reach else math.inf
+    p = float(2 * stats.norm.sf(z)) if value else 1.0
+    return Estimated(
+        one.value, other.value, value, value - below, value + above, p, min(one.n, other.n)
+    )
+
+
+def state_of(check: Check | Contrast, found: Estimated) -> State:
     """`found.p` is adjusted.
 
     "Same" is shown by an interval within the margin and refuted by one outside. A direction is
@@ -187,4 +257,4 @@ def _quantile(level: float) -> float:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else 0.0

@@ -6,11 +6,12 @@ claim; `reports.paper.claims` says which is which.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from harness.records import PAPER_ORDER
-from reports.paper.checks import GREATLY, Check, Expects
+from reports.paper.checks import GREATLY, Check, Contrast, Expects
 from reports.paper.study import Cell, Study
 from reports.words import label_of
 
@@ -27,7 +28,7 @@ class Demand:
     """A part of a claim: what all, or most, of its checks must show."""
 
     words: str
-    checks: tuple[Check, ...]
+    checks: tuple[Check | Contrast, ...]
     need: Literal["all", "most"] = "all"
 
 
@@ -232,6 +233,61 @@ def svhn_targets(study: Study) -> list[Demand]:
     ]
 
 
-def nothing_to_check(_study: Study) -> list[Demand]:
-    """A claim about both data sets: one store holds one of them."""
-    return []
+# --- both data sets ------------------------------------------------------------------------------
+
+
+def _across(
+    study: Study, name: str, side: Callable[[Study], Check], expects: Literal["lower", "higher"]
+) -> Contrast:
+    """CIFAR-10 first, whichever of the two the page is about."""
+    first, second = study.about("cifar10"), study.about("svhn")
+    return Contrast(
+        name,
+        side(first), first.view, first.published.title,
+        side(second), second.view, second.published.title,
+        expects,
+    )  # fmt: skip
+
+
+def targeted_by_data_set(study: Study) -> list[Demand]:
+    """Section "Introduction", second contribution."""
+
+    def effect(name: str) -> Callable[[Study], Check]:
+        return lambda on: Check("", _all_targets(on, name), _all_targets(on, "full"), "lower")
+
+    return [
+        Demand(
+            "mean TSR of SFP and SFP+C, less Full\u2019s, is lower on CIFAR-10 than on SVHN",
+            tuple(_across(study, label_of(n), effect(n), "lower") for n in ("sfp", "sfp_cutout")),
+        )
+    ]
+
+
+def quantised_by_data_set(study: Study) -> list[Demand]:
+    """Section "White-box UAPs"."""
+
+    def effect(name: str) -> Callable[[Study], Check]:
+        return lambda on: Check(
+            "", (on.attacked(name, name),), (on.attacked("full", "full"),), "lower"
+        )
+
+    return [
+        Demand(
+            "white-box UER of Q2 to Q4, less Full\u2019s, is lower on CIFAR-10 than on SVHN",
+            tuple(_across(study, label_of(q), effect(q), "lower") for q in QUANTISED),
+        )
+    ]
+
+
+def errs_by_data_set(study: Study) -> list[Demand]:
+    """Section "White-box UAPs"."""
+
+    def rate(name: str) -> Callable[[Study], Check]:
+        return lambda on: Check("", (on.attacked(name, name),), (), "higher")
+
+    return [
+        Demand(
+            "white-box, every variant errs more on CIFAR-10 than on SVHN",
+            tuple(_across(study, label_of(name), rate(name), "higher") for name in PAPER_ORDER),
+        )
+    ]

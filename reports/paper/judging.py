@@ -1,4 +1,4 @@
-"""A verdict on each of the paper's claims, for this run's data set.
+"""A verdict on each of the paper's claims, for this run's data set, or for both with one beside it.
 
 Enters: a `Study`. Leaves: `Judged` claims: numbers and one of four words. A demand that all of its
 checks must meet is met when all are shown and fails when one is refuted; one that most must meet is
@@ -14,16 +14,18 @@ from typing import Literal
 from reports.inference import holm
 from reports.paper.checks import (
     Check,
+    Contrast,
     Decided,
     Estimated,
     State,
+    contrast,
     estimate,
     simultaneous,
     state_of,
 )
 from reports.paper.claims import CLAIMS, Claim
 from reports.paper.demands import Demand
-from reports.paper.study import Study
+from reports.paper.study import Study, unlike
 from reports.words import listed, plural
 
 Word = Literal["holds here", "does not hold here", "undecided here", "cannot be judged here"]
@@ -48,9 +50,8 @@ class Judged:
     claim: Claim
     word: Word
     why: str
-    supported: bool | None
-    """Whether the paper's own numbers are as it says, by the same rule without intervals; None
-    where it is about no numbers of one data set."""
+    supported: bool
+    """Whether the paper's own numbers are as it says, by the same rule without intervals."""
     met: tuple[Met, ...]
 
     @property
@@ -67,26 +68,38 @@ def judge(study: Study) -> list[Judged]:
         if reasons[claim.anchor]:
             continue
         checks = [check for demand in demands[claim.anchor] for check in demand.checks]
-        estimates = [
-            estimate(study.view, check, level=simultaneous(len(checks))) for check in checks
-        ]
+        level = simultaneous(len(checks))
+        estimates = [_estimate(study, check, level=level) for check in checks]
         known = [e for e in estimates if e is not None]
         if len(known) < len(checks):
             reasons[claim.anchor] = "the perturbations compared met no image in common"
         else:
             found[claim.anchor] = known
-    adjusted = iter(holm([e.p for estimates in found.values() for e in estimates]))
-    found = {
-        anchor: [replace(e, p=next(adjusted)) for e in estimates]
-        for anchor, estimates in found.items()
-    }
+    # Tests between data sets are a family of their own: the same on the page of either.
+    for between in (False, True):
+        family = [anchor for anchor in found if _between(demands[anchor]) == between]
+        adjusted = iter(holm([e.p for anchor in family for e in found[anchor]]))
+        for anchor in family:
+            found[anchor] = [replace(e, p=next(adjusted)) for e in found[anchor]]
     judged = [_judged(c, demands[c.anchor], found.get(c.anchor), reasons[c.anchor]) for c in CLAIMS]
     return sorted(judged, key=lambda j: j.word == "cannot be judged here")
 
 
-def family_size(judged: list[Judged]) -> int:
-    """The size of the page's Holm family."""
-    return sum(len(j.decided) for j in judged)
+def _estimate(study: Study, check: Check | Contrast, *, level: float) -> Estimated | None:
+    if isinstance(check, Contrast):
+        return contrast(check, level=level)
+    return estimate(study.view, check, level=level)
+
+
+def family_sizes(judged: list[Judged]) -> tuple[int, int]:
+    """The sizes of the page's Holm families: on its data set, and between both."""
+    decided = [d for j in judged for d in j.decided]
+    between = sum(isinstance(d.check, Contrast) for d in decided)
+    return len(decided) - between, between
+
+
+def _between(demands: list[Demand]) -> bool:
+    return any(isinstance(check, Contrast) for demand in demands for check in demand.checks)
 
 
 def _demands(study: Study, claim: Claim) -> list[Demand]:
@@ -100,9 +113,12 @@ def _why_not(study: Study, claim: Claim, demands: list[Demand]) -> str:
     if study.published.key not in claim.datasets:
         other = listed([study.paper.datasets[key].title for key in claim.datasets])
         return f"the paper says it of {other}; this report is about {study.published.title}"
-    if not demands:
+    if _between(demands):
         others = [p.title for key, p in study.paper.datasets.items() if key != study.published.key]
-        return f"it needs the report on {listed(others)} too"
+        if study.beside is None:
+            return f"it needs a run on {listed(others)} too (harness report --beside WORKSPACE)"
+        if apart := unlike(study, study.beside):
+            return f"the run on {listed(others)} is of another scale: {'; '.join(apart)}"
     missing = sorted({what for d in demands for check in d.checks for what in check.missing})
     if not missing:
         return ""
@@ -115,7 +131,7 @@ def _why_not(study: Study, claim: Claim, demands: list[Demand]) -> str:
 def _judged(
     claim: Claim, demands: list[Demand], estimates: list[Estimated] | None, why: str
 ) -> Judged:
-    supported = all(_supported(demand) for demand in demands) if demands else None
+    supported = all(_supported(demand) for demand in demands)
     if estimates is None:
         met = tuple(Met(d, _supported(d), (), "open") for d in demands)
         return Judged(claim, "cannot be judged here", why, supported, met)
@@ -130,7 +146,7 @@ def _judged(
     return Judged(claim, word, "", supported, met)
 
 
-def _decided(check: Check, found: Estimated) -> Decided:
+def _decided(check: Check | Contrast, found: Estimated) -> Decided:
     return Decided(check, found, state_of(check, found))
 
 

@@ -44,9 +44,13 @@ class PaperFiles:
     """For the report, which links to the page."""
 
 
-def paper_files(view: View) -> PaperFiles | None:
-    """The page, where the evaluated data set is CIFAR-10 or SVHN."""
-    study = study_of(view)
+def paper_files(view: View, beside: View | None = None) -> PaperFiles | None:
+    """The page, where the evaluated data set is CIFAR-10 or SVHN; `beside` is of the other.
+
+    Raises:
+        HarnessError: `beside` is not.
+    """
+    study = study_of(view, beside)
     if study is None:
         return None
     judged = judge(study)
@@ -99,6 +103,7 @@ def _json(study: Study, judged: list[Judged]) -> str:
         "source": study.paper.source,
         "dataset": study.title,
         "evaluation_sha256": study.view.evaluation.sha256,
+        "beside": _beside(study),
         "setup": [asdict(fact) for fact in facts(study)],
         "comparable_values": not any(fact.differs for fact in facts(study)),
         "claims": [_claim(j) for j in judged],
@@ -138,6 +143,14 @@ def _json(study: Study, judged: list[Judged]) -> str:
         "caveats": list(theirs.caveats),
     }  # fmt: skip
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _beside(study: Study) -> dict[str, str] | None:
+    """The run on the other data set, where the claims about both were judged."""
+    if study.beside is None:
+        return None
+    other = study.beside
+    return {"dataset": other.title, "evaluation_sha256": other.view.evaluation.sha256}
 
 
 def _compared(cell: Cell) -> dict[str, float | None]:

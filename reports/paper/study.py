@@ -1,7 +1,8 @@
 """This run beside the paper: whether they compare at all, and every number of one with the other's.
 
-Enters: a `View`. Leaves: a `Study`, or None where the data set is not one of the paper's; its cells
-hold a published rate and, where it was measured, the row of the same quantity.
+Enters: a `View`, and one of a run on the paper's other data set if there is one. Leaves: a `Study`,
+or None where the data set is not one of the paper's; its cells hold a published rate and, where it
+was measured, the row of the same quantity.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from harness.records import ResultRow
+from harness.records import HarnessError, ResultRow
 from reports.inference import rate_of
 from reports.paper.values import Paper, Published, paper
 from reports.view import VariantView, View
-from reports.words import label_of, listed
+from reports.words import clean_text, label_of, listed
 
 REFERENCE_EPS = 10.0
 """The budget of the paper's Figures 2, 3 and 4."""
@@ -51,11 +52,15 @@ class Study:
     """The budget claims are judged at."""
     elsewhere: bool = False
     """About the data set that this run is not of: no cell has a row."""
+    beside: Study | None = None
+    """A run on the paper's other data set, for what it says of both."""
 
     def about(self, key: str) -> Study:
-        """The same about another data set of the paper; itself for its own."""
+        """The same about another data set of the paper, from the run on it if there is one."""
         if key == self.published.key:
             return self
+        if self.beside is not None:
+            return self.beside
         return replace(self, published=self.paper.datasets[key], elsewhere=True)
 
     def variant(self, name: str) -> VariantView | None:
@@ -115,8 +120,30 @@ class Study:
         return sorted(shared, key=lambda eps: (eps != self.eps, eps))
 
 
-def study_of(view: View) -> Study | None:
-    """The comparison with the paper, where the evaluated data set is one of its two."""
+def study_of(view: View, beside: View | None = None) -> Study | None:
+    """The comparison with the paper, where the evaluated data set is one of its two.
+
+    Args:
+        view: the run the page is about.
+        beside: a run on the other of the two.
+
+    Raises:
+        HarnessError: `beside` is of no data set, or of the same one.
+    """
+    study = _alone(view)
+    if beside is None:
+        return study
+    other = _alone(beside)
+    if study is None or other is None or study.published.key == other.published.key:
+        raise HarnessError(
+            "the paper\u2019s claims about both data sets need a run on CIFAR-10 and one on SVHN:"
+            f" this is {clean_text(view.evaluation.dataset)} beside"
+            f" {clean_text(beside.evaluation.dataset)}"
+        )
+    return replace(study, beside=other)
+
+
+def _alone(view: View) -> Study | None:
     found = _NAME.match(view.evaluation.dataset)
     if found is None or len(view.evaluation.classes) != 10:
         return None
@@ -159,7 +186,7 @@ def facts(study: Study) -> list[Fact]:
     images = min(clean, default=len(view.evaluation.labels))
     seeds = sorted({r.seed for g in view.seeds.values() for r in g.rows if r.seed is not None})
     training_seeds = sorted({m.seed for m in models if m.seed is not None})
-    return [
+    found = [
         Fact("data set", study.title, theirs.title, study.title != theirs.title),
         _fact("architecture", {m.arch for m in models}, setup.arch),
         _fact("width", {str(m.width) for m in models}, str(setup.width)),
@@ -174,6 +201,23 @@ def facts(study: Study) -> list[Fact]:
              if training_seeds else "not recorded", "1"),
         Fact("crafting seeds", _seeds(seeds or [seed]) if view.craft else "none", "1"),
     ]  # fmt: skip
+    if study.beside is not None:
+        found.append(Fact("beside it", study.beside.title, study.beside.published.title))
+    return found
+
+
+SCALE = ("architecture", "width", "preset", "protocol", "attack")
+"""The facts that two runs share, or they are not of one scale."""
+
+
+def unlike(study: Study, other: Study) -> list[str]:
+    """Where two runs are not of one scale, in words: the first's, then the other's."""
+    theirs = {fact.name: fact.here for fact in facts(other)}
+    return [
+        f"{fact.name} {fact.here} and {theirs[fact.name]}"
+        for fact in facts(study)
+        if fact.name in SCALE and fact.here != theirs[fact.name]
+    ]
 
 
 def _fact(name: str, here: set[str], theirs: str) -> Fact:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from reports.inference import ALPHA
 from reports.method import TextTable
-from reports.paper.checks import Check, Decided, State
-from reports.paper.judging import Judged, Met, Word, family_size
+from reports.paper.checks import Check, Contrast, Decided, State
+from reports.paper.judging import Judged, Met, Word, family_sizes
 from reports.paper.study import Study
 from reports.signals import masking_verdicts
 from reports.words import interval_of_points, listed, p_value, percent, plural, points
@@ -71,7 +71,7 @@ def claim_texts(study: Study, judged: list[Judged]) -> list[ClaimText]:
             elsewhere=study.published.key not in j.claim.datasets,
             own=_own_numbers(j),
             parts=tuple(_part(met) for met in j.met),
-            remark=_remark(study, j, judged),
+            remark=_remark(study, j),
             rule=j.claim.rule,
             caution=j.claim.caution,
             table=_table(j),
@@ -83,6 +83,7 @@ def claim_texts(study: Study, judged: list[Judged]) -> list[ClaimText]:
 def lead(study: Study, judged: list[Judged]) -> str:
     """The page in one or two sentences."""
     words = Counter(j.word for j in judged)
+    where = study.title + (f" with {study.beside.title} beside it" if study.beside else "")
     able = len(judged) - words["cannot be judged here"]
     if not able:
         return (
@@ -93,7 +94,7 @@ def lead(study: Study, judged: list[Judged]) -> str:
         words[word] for word in ("holds here", "does not hold here", "undecided here")
     )
     return (
-        f"Of {len(judged)} claims of the paper, {able} can be judged on {study.title}:"
+        f"Of {len(judged)} claims of the paper, {able} can be judged on {where}:"
         f" {plural(holds, 'holds', 'hold')} here, {plural(fails, 'does', 'do')} not,"
         f" {plural(neither, 'is', 'are')} undecided."
     )
@@ -101,21 +102,26 @@ def lead(study: Study, judged: list[Judged]) -> str:
 
 def tests_text(study: Study, judged: list[Judged]) -> str:
     """How the verdicts were reached."""
+    own, between = family_sizes(judged)
+    apart = ""
+    if between:
+        apart = (
+            " Between the data sets, whose images were drawn apart, the intervals of both sides are"
+            f" joined (MOVER); these {plural(between, 'test')} are a family of their own."
+        )
     return (
         f"Claims are judged at \u03b5 = {study.eps:g}/255, targeted ones at"
         f" {study.targeted_eps:g}/255, from raw predictions of the same images: exact McNemar for"
         " two perturbations, a bootstrap over images where rates are averaged or scaled (over"
-        f" crafting seeds too where each side is one perturbation of several). All"
-        f" {plural(family_size(judged), 'test')} of this page are one Holm family, at"
+        " crafting seeds too where each side is one perturbation of several). All"
+        f" {plural(own, 'test')} on this data set are one Holm family, at"
         f" {percent(ALPHA)}; the intervals of a claim hold together at 95 % (Bonferroni). A"
         " direction is refuted where the other one is shown, or where the interval"
-        " leaves less than 5 points of it (none, where the claim is about a ratio)."
+        f" leaves less than 5 points of it (none, where the claim is about a ratio).{apart}"
     )
 
 
 def _own_numbers(judged: Judged) -> str:
-    if judged.supported is None:
-        return ""
     return "are as it says" if judged.supported else "are not as it says, by this rule"
 
 
@@ -164,7 +170,7 @@ def _span(values: list[float]) -> str:
     return f"{points(min(values))} to {points(max(values))} points"
 
 
-def _remark(study: Study, judged: Judged, every: list[Judged]) -> str:
+def _remark(study: Study, judged: Judged) -> str:
     """What this report knows beside the tests."""
     if judged.claim.anchor == "q-masking":
         words = {
@@ -174,10 +180,6 @@ def _remark(study: Study, judged: Judged, every: list[Judged]) -> str:
         }
         said = listed([f"{label} {word}" for label, word in words.items()])
         return f"This report\u2019s own verdicts on gradient masking: {said}." if said else ""
-    if judged.claim.anchor == "datasets":
-        able = [j for j in every if j.word != "cannot be judged here"]
-        said = "; ".join(f"{j.claim.title}: {j.word.removesuffix(' here')}" for j in able)
-        return f"{study.published.title}\u2019s part: {said or 'nothing could be judged'}."
     return ""
 
 
@@ -194,10 +196,10 @@ def _table(judged: Judged) -> TextTable | None:
     return TextTable(head, tuple(_published_cells(d.check) + _cells(d) for d in decided))
 
 
-def _published_cells(check: Check) -> tuple[str, ...]:
+def _published_cells(check: Check | Contrast) -> tuple[str, ...]:
     return (
         check.name,
-        _pair(*check.published, check.factor),
+        _both(check, *check.published),
         points(check.published_difference),
     )
 
@@ -205,7 +207,7 @@ def _published_cells(check: Check) -> tuple[str, ...]:
 def _cells(decided: Decided) -> tuple[str, ...]:
     found = decided.found
     return (
-        _pair(found.first, found.second, decided.check.factor),
+        _both(decided.check, found.first, found.second),
         points(found.value),
         interval_of_points(found.low, found.high),
         p_value(found.p),
@@ -216,3 +218,10 @@ def _cells(decided: Decided) -> tuple[str, ...]:
 def _pair(first: float, second: float, factor: float) -> str:
     times = "" if factor == 1.0 else f"{factor:g} \u00d7 "
     return f"{percent(first)} vs {times}{percent(second)}"
+
+
+def _both(check: Check | Contrast, first: float, second: float) -> str:
+    """The two that are compared: rates, or effects on two data sets."""
+    if isinstance(check, Contrast) and check.first.second:
+        return f"{points(first)} vs {points(second)} points"
+    return _pair(first, second, check.factor)

@@ -10,10 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.metrics import UNSEEN
-from harness.records import PAPER_ORDER
+from harness.records import PAPER_ORDER, HarnessError
 from harness.store import open_store
-from reports.paper.checks import Check, Estimated, estimate, simultaneous, state_of
-from reports.paper.judging import family_size, judge
+from reports.paper.checks import (
+    Check,
+    Contrast,
+    Estimated,
+    contrast,
+    estimate,
+    simultaneous,
+    state_of,
+)
+from reports.paper.judging import family_sizes, judge
 from reports.paper.study import Cell, study_of
 from reports.selection import build_view
 from tests.reports import paper_store, synthetic
@@ -24,6 +32,7 @@ CIFAR10 = {
 SVHN = {
     "sfp-victims-svhn", "sfp-source", "pp-same", "q-same", "sfp-sources-svhn", "sfp-targeted-svhn",
 }  # fmt: skip
+BOTH = {"datasets-targeted", "datasets-quantised", "datasets-uer"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ def verdicts(store):
     study = study_of(build_view(store))
     assert study is not None
     judged = {j.claim.anchor: j for j in judge(study)}
-    assert len(judged) == 12
+    assert len(judged) == 14
     return judged
 
 
@@ -184,7 +193,9 @@ def test_claims_of_the_other_data_set_say_so_and_keep_the_papers_numbers(store):
         assert found[anchor].why == "the paper says it of CIFAR-10; this report is about SVHN"
         assert found[anchor].supported is True
         assert found[anchor].met
-    assert found["datasets"].why == "it needs the report on CIFAR-10 too"
+    for anchor in BOTH:
+        why = "it needs a run on CIFAR-10 too (harness report --beside WORKSPACE)"
+        assert found[anchor].why == why
 
 
 def test_p_values_are_one_holm_family_over_the_page(store):
@@ -193,10 +204,112 @@ def test_p_values_are_one_holm_family_over_the_page(store):
     judged = judge(study)
     raw = [estimate(study.view, d.check, level=0.95).p for j in judged for d in j.decided]
     adjusted = [d.found.p for j in judged for d in j.decided]
-    assert family_size(judged) == len(raw) == 9 + 2 + 9 + 6 + 32 + 3 + 30
+    assert family_sizes(judged) == (len(raw), 0) == (9 + 2 + 9 + 6 + 32 + 3 + 30, 0)
     smallest = int(np.argmin(raw))
     assert adjusted[smallest] == pytest.approx(min(1.0, len(raw) * raw[smallest]))
     assert all(a >= r for a, r in zip(adjusted, raw, strict=True))
+
+
+# --- both data sets ------------------------------------------------------------------------------
+
+
+def planted(folder, key, *args, images=2_000, **changes):
+    with open_store(folder / f"{key}.db") as store:
+        if args:
+            paper_store.plant(store, *args, dataset=key, images=images, **changes)
+        else:
+            paper_store.plant_paper(store, key, images=images, **changes)
+        return build_view(store)
+
+
+def both(first, second):
+    return {j.claim.anchor: j for j in judge(study_of(first, second)) if j.claim.anchor in BOTH}
+
+
+def test_the_papers_own_rates_on_both_data_sets_give_what_its_numbers_support(tmp_path):
+    cifar10, svhn = planted(tmp_path, "cifar10"), planted(tmp_path, "svhn", images=3_000)
+    found, turned = both(cifar10, svhn), both(svhn, cifar10)
+    assert {a: j.word for a, j in found.items()} == {
+        "datasets-targeted": "holds here",
+        "datasets-quantised": "holds here",
+        "datasets-uer": "does not hold here",  # Q3 and Q4 err no more on CIFAR-10
+    }
+    assert {a: j.supported for a, j in found.items()} == {a: a != "datasets-uer" for a in BOTH}
+    for anchor in BOTH:  # the page of the other data set says the same
+        assert turned[anchor] == found[anchor]
+    assert family_sizes(list(found.values())) == (0, 2 + 3 + 10)
+
+
+def test_contrary_rates_on_both_data_sets_refute_every_claim(tmp_path):
+    def alike(*_):
+        return 0.5
+
+    def turned_tsr(name, _):
+        return 0.6 if name in ("sfp", "sfp_cutout") else 0.4
+
+    first = planted(tmp_path, "cifar10", alike, turned_tsr)
+    second = planted(tmp_path, "svhn", alike, alike)
+    found = both(first, second)
+    assert {j.word for j in found.values()} == {"does not hold here"}
+    states = {a: {d.state for d in j.decided} for a, j in found.items()}
+    assert states == {anchor: {"no"} for anchor in BOTH}
+
+
+def test_few_images_on_one_side_leave_both_sides_undecided(tmp_path):
+    found = both(planted(tmp_path, "cifar10"), planted(tmp_path, "svhn", images=20))
+    assert found["datasets-quantised"].word == "undecided here"
+
+
+def test_runs_of_two_scales_are_not_compared(tmp_path):
+    cifar10 = planted(tmp_path, "cifar10", images=100)
+    small = planted(tmp_path, "svhn", images=100, as_paper=False)
+    for judged in both(cifar10, small).values():
+        assert judged.word == "cannot be judged here"
+        assert judged.why == (
+            "the run on SVHN is of another scale: width 64 and 16; preset paper and reduced;"
+            " protocol paper and clean"
+        )
+
+
+def test_what_is_missing_on_the_other_data_set_is_named(tmp_path):
+    cifar10 = planted(tmp_path, "cifar10", images=100)
+    svhn = planted(tmp_path, "svhn", images=100, names=[n for n in PAPER_ORDER if n != "q2"])
+    found = both(cifar10, svhn)
+    assert found["datasets-targeted"].word != "cannot be judged here"
+    assert found["datasets-quantised"].why == (
+        "1 measurement is missing: Q2 under the perturbation of Q2 on SVHN"
+    )
+
+
+@pytest.mark.parametrize("key", ["cifar10", "digits"])
+def test_a_run_beside_it_must_be_of_the_other_data_set(view, tmp_path, key):
+    with open_store(tmp_path / "other.db") as store:
+        paper_store.plant_paper(store, "cifar10", images=20, dataset=key)
+        with pytest.raises(HarnessError, match=f"this is cifar10 beside {key}"):
+            study_of(view, build_view(store))
+
+
+def test_the_interval_between_data_sets_holds_and_noise_is_seldom_a_difference(tmp_path):
+    """400 pairs of data sets drawn with known rates: 0.5 and 0.35."""
+    views = [planted(tmp_path, key, images=200) for key in ("cifar10", "svhn")]
+    rates, draws, covered, shown = (0.5, 0.35), 400, 0, 0
+    rng = np.random.default_rng(0)
+    for _ in range(draws):
+        sides = []
+        for view, rate in zip(views, rates, strict=True):
+            drawn, cells = with_predictions(view, [rng.random(200) < rate] * 2)
+            sides.append((Check("", (cells[0],), (), "higher"), drawn))
+        (one, first), (other, second) = sides
+        found = contrast(Contrast("", one, first, "", other, second, "", "higher"), level=0.95)
+        covered += found.low <= rates[0] - rates[1] <= found.high
+        same = contrast(Contrast("", one, first, "", one, second, "", "higher"), level=0.95)
+        assert same.low <= same.value <= same.high
+        noise, _ = with_predictions(views[1], [rng.random(200) < rates[0]] * 2)
+        apart = contrast(Contrast("", one, first, "", other, noise, "", "higher"), level=0.95)
+        assert (apart.p < 0.05) == (not apart.low <= 0 <= apart.high)
+        shown += apart.p < 0.05
+    assert covered >= 0.93 * draws
+    assert shown <= 0.075 * draws
 
 
 # --- checks by themselves ------------------------------------------------------------------------

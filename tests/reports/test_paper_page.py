@@ -121,7 +121,8 @@ def test_every_number_of_the_json_is_the_rows_or_the_papers(svhn):
     assert len(data["controls_uer"]) == 120
     assert sum(c["here"] is not None for c in data["controls_uer"]) == 40
     assert data["comparable_values"] is False
-    assert len(data["claims"]) == 12
+    assert len(data["claims"]) == 14
+    assert data["beside"] is None
     for claim in data["claims"]:
         assert (claim["why_not"] is None) == (claim["verdict"] != "cannot be judged here")
     # Planted with the paper's own rates, but Figure 1's on the diagonal: the order is the same.
@@ -149,7 +150,6 @@ def test_numbers_on_the_page_are_those_of_the_json(svhn):
 
 def test_every_claim_is_quoted_ruled_and_cautioned(svhn):
     data = json.loads(svhn.paths.paper_json.read_text(encoding="utf-8"))
-    text = plain(svhn.html)
     for claim in data["claims"]:
         article = svhn.html[svhn.html.index(f'<article class="claim" id="{claim["claim"]}"') :]
         said = plain(article[: article.index("</article>") + len("</article>")])
@@ -157,7 +157,6 @@ def test_every_claim_is_quoted_ruled_and_cautioned(svhn):
         assert claim["rule"] in said
         assert "one training seed" in said
         assert said.startswith(claim["verdict"])
-    assert "SVHN\u2019s part: The SFP models are more robust against transfer" in text
 
 
 def test_the_same_store_gives_the_same_bytes(svhn, tmp_path):
@@ -241,7 +240,7 @@ def test_missing_variants_and_attacks_leave_a_page_without_gaps(store, tmp_path)
     )  # fmt: skip
     paths = write_report(store, tmp_path / "report")
     text = plain(paths.paper.read_text(encoding="utf-8"))
-    assert "None of the paper\u2019s 12 claims looked at can be judged" in text
+    assert "None of the paper\u2019s 14 claims looked at can be judged" in text
     assert "No targeted perturbation was measured at a budget of the paper." in text
     assert "measurements are missing" in text
     data = json.loads(paths.paper_json.read_text(encoding="utf-8"))
@@ -266,6 +265,53 @@ def test_colours_of_differences_are_light_enough_for_dark_text(value):
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     assert 0.299 * red + 0.587 * green + 0.114 * blue > 115
     assert (blue > red) == (value < -0.05)
+
+
+def small(folder, dataset, **changes):
+    from click.testing import CliRunner
+
+    from harness.cli.main import cli
+    from harness.store import open_store
+
+    assert CliRunner().invoke(cli, ["init", "--workspace", str(folder)]).exit_code == 0
+    with open_store(folder / "results.db") as store:
+        paper_store.plant_paper(store, dataset, images=200, **changes)
+    return folder
+
+
+def test_a_workspace_on_the_other_data_set_is_judged_beside(tmp_path):
+    from click.testing import CliRunner
+
+    from harness.cli.main import cli
+
+    first, other = small(tmp_path / "a", "cifar10"), small(tmp_path / "b", "svhn")
+    before = (other / "results.db").read_bytes()
+    asked = ["report", "--workspace", str(first), "--beside", str(other)]
+    assert CliRunner().invoke(cli, asked).exit_code == 0
+    text = plain((first / "report" / "paper.html").read_text(encoding="utf-8"))
+    assert "10 can be judged on CIFAR-10 with SVHN beside it" in text
+    assert "\u221210.9 vs +6.0 points" in text  # the paper\u2019s two effects of SFP
+    assert "these 15 tests are a family of their own" in text
+    data = json.loads((first / "report" / "paper.json").read_text(encoding="utf-8"))
+    assert data["beside"]["dataset"] == "SVHN"
+    assert (other / "results.db").read_bytes() == before
+    assert not (other / "report").exists()
+
+
+def test_a_workspace_that_cannot_be_beside_is_one_line(tmp_path):
+    from click.testing import CliRunner
+
+    from harness.cli.main import cli
+
+    first = small(tmp_path / "a", "cifar10")
+    same = small(tmp_path / "b", "cifar10")
+    (empty := tmp_path / "c").mkdir()
+    for other, words in ((same, "this is cifar10 beside cifar10"), (empty, "harness init")):
+        asked = ["report", "--workspace", str(first), "--beside", str(other)]
+        outcome = CliRunner().invoke(cli, asked)
+        assert outcome.exit_code != 0
+        assert words in str(outcome.exception)
+        assert not (first / "report").exists()
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "digits"])
