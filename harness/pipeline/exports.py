@@ -18,6 +18,7 @@ from export.exporter import Exported, add_memory, export_model, load_manifest, m
 from export.integer_layers import Kernel
 from export.static_int8 import export_static_int8
 from harness.artefacts import cache_key
+from harness.compression.variants import planned_epochs
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import FoldedResNet
 from harness.models.integer import IntegerResNet
@@ -76,6 +77,7 @@ def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
     """What the file says of itself."""
     config = context.config
     coupling = config.train.sfp_coupling
+    epochs = planned_epochs(trained_for(variant.name), config.train)
     return {
         "variant": variant.name,
         "method": variant.method,
@@ -84,6 +86,7 @@ def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
         "arch": config.arch,
         "width": str(config.width),
         "seed": str(config.seed),
+        "training": f"{epochs} epochs, {config.train.schedule}",
         # The paper's algorithm goes without saying; another must not pass for it.
         **({"sfp_coupling": coupling} if variant.method == "sfp" and coupling != "layer" else {}),
     }

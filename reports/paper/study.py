@@ -191,7 +191,7 @@ def facts(study: Study) -> list[Fact]:
         _fact("architecture", {m.arch for m in models}, setup.arch),
         _fact("width", {str(m.width) for m in models}, str(setup.width)),
         _fact("preset", {m.preset for m in models}, setup.preset),
-        Fact("training", "epochs: not recorded in the results store", theirs.training),
+        Fact("training of Full", _training(view), theirs.training),
         _fact("protocol", {protocol} - {""}, setup.protocol),
         _fact("attack", {attack} - {""}, setup.attack),
         Fact("crafting", _crafting(view), "10 epochs over the test images"),
@@ -218,6 +218,14 @@ def unlike(study: Study, other: Study) -> list[str]:
         for fact in facts(study)
         if fact.name in SCALE and fact.here != theirs[fact.name]
     ]
+
+
+def _training(view: View) -> str:
+    """As its export says; exports of older versions do not."""
+    full = next((v.model for v in view.variants if v.name == "full"), None)
+    metadata = full.manifest.get("metadata") if full is not None else None
+    said = metadata.get("training") if isinstance(metadata, dict) else None
+    return said if isinstance(said, str) else "not recorded in the results store"
 
 
 def _fact(name: str, here: set[str], theirs: str) -> Fact:

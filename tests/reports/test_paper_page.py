@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -88,6 +89,26 @@ def test_a_run_like_the_papers_may_be_compared(store):
     study = study_of(build_view(store))
     assert [f.name for f in facts(study) if f.differs] == []
     assert "values may be compared" in scale_text(study)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({"metadata": {"training": "160 epochs, steps"}}, "160 epochs, steps"),
+        ({"metadata": {"variant": "full"}}, "not recorded in the results store"),
+        ({"metadata": "damaged"}, "not recorded in the results store"),
+        ({}, "not recorded in the results store"),
+    ],
+)
+def test_the_epochs_of_training_are_those_of_fulls_export(store, manifest, said):
+    paper_store.plant(store, lambda *_: None, lambda *_: None, names=("full", "q4"), images=20)
+    view = build_view(store)
+    variants = tuple(
+        replace(v, model=replace(v.model, manifest=manifest)) if v.name == "full" else v
+        for v in view.variants
+    )
+    found = facts(study_of(replace(view, variants=variants)))
+    assert [f.here for f in found if f.name == "training of Full"] == [said]
 
 
 def test_every_number_of_the_json_is_the_rows_or_the_papers(svhn):
