@@ -12,6 +12,7 @@ c the half-unit count ("code", 0..255) that a 256-entry table maps to q.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from harness.models.apot import (
     ACTIVATION_LEVELS,
     half_unit_table,
     lookup,
-    round_through,
 )
 
 Float32 = npt.NDArray[np.float32]
@@ -39,14 +39,26 @@ class _Levels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, half_units: Tensor, table: Tensor, top: int) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((half_units >= -0.5) & (half_units <= 2 * top - 0.5))
+            ctx.save_for_backward(half_units)
+            ctx.top = top
         codes = half_units.round().clamp_(0, 255).to(torch.int32)
         return lookup(table, codes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside * 0.5, None, None
+        (half_units,) = ctx.saved_tensors
+        # One pass instead of two comparisons, their product and two more; its bounds are open.
+        low, high = _just_outside(-0.5, 2 * ctx.top - 0.5)
+        inside: Tensor = torch.ops.aten.hardtanh_backward(grads[0], half_units, low, high)
+        return inside.mul_(0.5), None, None
+
+
+@cache
+def _just_outside(low: float, high: float) -> tuple[float, float]:
+    """The open interval of float32 that holds the closed one and nothing more."""
+    below = np.nextafter(np.float32(low), np.float32(-np.inf))
+    above = np.nextafter(np.float32(high), np.float32(np.inf))
+    return float(below), float(above)
 
 
 class LevelTable(nn.Module):
@@ -81,7 +93,7 @@ class ActivationQuantiser(nn.Module):
         self.levels = LevelTable(bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels: Tensor = self.levels((x - self.quarter_unit) / self.half_unit)
+        levels: Tensor = self.levels((x - self.quarter_unit).div_(self.half_unit))
         return levels
 
 
@@ -97,10 +109,10 @@ class IntegerConv(nn.Module):
         self.register_buffer("weight", torch.from_numpy(weight.astype(np.float32)))
 
     def forward(self, levels: Tensor) -> Tensor:
+        sums = F.conv2d(levels, self.weight, None, stride=self.stride, padding=self.padding)
         # The sums are whole; rounding removes what a fast convolution algorithm may leave.
-        return round_through(
-            F.conv2d(levels, self.weight, None, stride=self.stride, padding=self.padding)
-        )
+        sums.data.round_()  # the gradient passes through
+        return sums
 
     def weight_int8(self) -> npt.NDArray[np.int8]:
         """The integer weights [O, I, k, k]."""
@@ -139,8 +151,8 @@ class RequantisedConv(nn.Module):
         self.register_buffer("bias", _per_channel(bias.astype(np.float32)))
 
     def forward(self, levels: Tensor) -> Tensor:
-        accumulated = self.conv(levels) * self.multiplier + self.bias
-        out: Tensor = self.output.levels(accumulated * self.gain)
+        accumulated = torch.add(self.bias, self.conv(levels), alpha=self.multiplier)
+        out: Tensor = self.output.levels(accumulated.mul_(self.gain))
         return out
 
     def bias_int32(self) -> npt.NDArray[np.int32]:
@@ -161,8 +173,8 @@ class RescaledConv(nn.Module):
         self.register_buffer("shift", _per_channel(shift))
 
     def forward(self, levels: Tensor) -> Tensor:
-        rescaled: Tensor = self.conv(levels) * self.scale + self.shift
-        return rescaled
+        rescaled: Tensor = self.conv(levels) * self.scale
+        return rescaled.add_(self.shift)
 
 
 class IntegerBlock(nn.Module):
@@ -184,17 +196,18 @@ class IntegerBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.conv1(self.quantise(x)))
-        if self.shortcut is None or self.quantise_shortcut is None:
-            return F.relu(y + x)
-        return F.relu(y + self.shortcut(self.quantise_shortcut(x)))
+        y: Tensor = self.conv2(self.conv1(self.quantise(x)))
+        if self.shortcut is not None and self.quantise_shortcut is not None:
+            x = self.shortcut(self.quantise_shortcut(x))
+        return (y + x).relu_()
 
 
 class IntegerResNet(nn.Module):
     """Pixels float [N, C, H, W] in [0, 255] -> logits [N, classes].
 
     Exact (every code as on the device) when the pixels are whole numbers; differentiable by
-    straight-through everywhere.
+    straight-through everywhere. In place is only what a module itself has just made: the export
+    compares what modules return.
     """
 
     mean_255: Tensor

@@ -188,9 +188,10 @@ def test_the_stem_convolves_whole_centred_pixels(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_the_slope_of_a_quantiser(bits: int) -> None:
     table, top = LevelTable(bits), ACTIVATION_LEVELS[bits][-1]
+    low, high = np.float32(-0.5), np.float32(2 * top - 0.5)
+    outside = np.nextafter(low, np.float32(-9)), np.nextafter(high, np.float32(999))
     half_units = torch.tensor(
-        [-3.0, -0.51, -0.5, 0.0, 1.3, 2 * top - 0.51, 2 * top - 0.49, 2 * top + 9.0],
-        requires_grad=True,
+        [-3.0, outside[0], low, 0.0, 1.3, high, outside[1], 2 * top + 9.0], requires_grad=True
     )
     weights = torch.arange(1.0, 9.0)
     (table(half_units) * weights).sum().backward()
