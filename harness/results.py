@@ -9,6 +9,7 @@ numbers stay in the store, but do not describe the file that would be shipped no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -56,6 +57,24 @@ def result_rows(store: Store) -> list[ResultRow]:
 def current_runs(store: Store) -> dict[RunKey, Merged]:
     """What is known of every measurement of the current models: complete, or a sample."""
     return {key: runs[0] for key, runs in _known(store).items()}
+
+
+def superseded(store: Store, *, deployed: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Variant -> stored runs of files that it no longer is.
+
+    Args:
+        store: the results.
+        deployed: variant -> sha256 of its file now; by default those registered last.
+    """
+    every = store.models(current_only=False)
+    if deployed is None:
+        deployed = {model.variant: sha256 for sha256, model in store.models().items()}
+    found: dict[str, int] = {}
+    for sha256, runs in store.run_counts().items():
+        variant = every[sha256].variant
+        if variant in deployed and deployed[variant] != sha256:
+            found[variant] = found.get(variant, 0) + runs
+    return found
 
 
 def _known(store: Store) -> dict[RunKey, list[Merged]]:

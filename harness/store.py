@@ -225,6 +225,11 @@ class Store:
             for row in self._db.execute("SELECT * FROM prediction_run ORDER BY id")
         ]
 
+    def run_counts(self) -> dict[str, int]:
+        """Model sha256 -> its prediction runs."""
+        query = "SELECT model_sha256, count(*) AS runs FROM prediction_run GROUP BY model_sha256"
+        return {row["model_sha256"]: int(row["runs"]) for row in self._db.execute(query)}
+
     def predictions_of(
         self, *, model_sha256: str, evaluation_sha256: str
     ) -> list[StoredPrediction]:

@@ -76,7 +76,7 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
       harness results --json > results.json
     """
     from harness.cli.results_table import print_results
-    from harness.results import result_rows
+    from harness.results import result_rows, superseded
     from harness.store import open_store
     from harness.workspace import open_workspace
     from reports.masking_table import rows_of
@@ -85,6 +85,7 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
     with open_store(workspace.results, create=False) as store:
         rows = result_rows(store)
         derived = rows_of(store, rows)
+        hidden = superseded(store)
     measured = {row.variant for row in rows}
     for name in models:
         if name not in measured:
@@ -98,6 +99,9 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
         click.echo(json.dumps([values for _, values in kept], indent=2))
     else:
         print_results([row for row, _ in kept], derived=[values for _, values in kept])
+    if hidden:
+        runs = ", ".join(f"{count:,} of {name}" for name, count in sorted(hidden.items()))
+        click.echo(f"Kept and not shown: runs on files exported earlier ({runs})", err=True)
 
 
 @click.command()

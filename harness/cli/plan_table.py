@@ -55,6 +55,31 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
     device = context.accelerator.type
     table.add_row("all", "", "", f"about {duration(total)} on this {device}")
     StdoutConsole().print(table)
+    changed = _measured_as_another_file(context, [task for task, done in states if not done])
+    if changed:
+        click.echo(
+            f"Measured before, as another file: {', '.join(changed)}. What is evaluated is the file"
+            " that would be deployed now; the earlier numbers are kept."
+        )
+
+
+def _measured_as_another_file(context: Context, missing: Sequence[Task]) -> list[str]:
+    """The variants to evaluate whose export changed since they were."""
+    from harness.results import superseded
+    from harness.store import open_store
+
+    workspace = context.workspace
+    if not workspace.results.exists():
+        return []
+    words = [task.name.split(" ") for task in missing if task.stage == "evaluate"]
+    names = {rest[0] for first, *rest in words if first == "attack"}
+    files = {name: workspace.onnx(name) for name in sorted(names)}
+    deployed = {n: context.sha256(path) for n, path in files.items() if path.exists()}
+    with open_store(workspace.results, create=False) as store:
+        known = store.run_counts()
+        return [
+            name for name in superseded(store, deployed=deployed) if deployed[name] not in known
+        ]
 
 
 def _names(tasks: Sequence[Task]) -> str:

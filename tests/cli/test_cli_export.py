@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
-from cli_cases import Outcome, Tiny, artefacts, contents, edit, succeeded, written
+from cli_cases import Outcome, Tiny, artefacts, contents, edit, succeeded, table, written
 
 from harness.records import PAPER_ORDER
 
@@ -186,3 +186,28 @@ def test_verify_says_when_the_configuration_asks_for_another_file(
     outcome = run("export", "--verify", "--model", "full", "--images", 4, cwd=workspace)
     assert outcome.code == 1
     assert "harness.toml asks for another file" in outcome.out
+
+
+def test_what_was_measured_on_an_earlier_export_is_said_to_be_kept(
+    run: Run, workspace: Path
+) -> None:
+    assert "Kept and not shown" not in succeeded(run("results", cwd=workspace)).err
+    before = (workspace / "cache" / "sfp.onnx").read_bytes()
+    edit(workspace, "[eval]", "[export]\nalign = 4\n\n[eval]")
+    succeeded(run("export", "--model", "sfp", cwd=workspace))
+    assert (workspace / "cache" / "sfp.onnx").read_bytes() != before
+    ((measured,),) = table(
+        workspace,
+        "SELECT count(*) FROM prediction_run JOIN model ON model_sha256 = model.sha256"
+        " WHERE variant = 'sfp'",
+    )
+    plan = succeeded(run("plan", cwd=workspace)).out
+    assert "Measured before, as another file: sfp. " in plan
+    attack = ("attack-device", "--uap", "cache/full_eps10.pt", "--model", "sfp")
+    succeeded(run(*attack, cwd=workspace))
+    assert "as another file" not in succeeded(run("plan", cwd=workspace)).out
+    said = succeeded(run("results", "--json", cwd=workspace))
+    expected = f"Kept and not shown: runs on files exported earlier ({measured:,} of sfp)\n"
+    assert said.err == expected
+    sources = {row["uap_source"] for row in json.loads(said.out) if row["variant"] == "sfp"}
+    assert sources == {None, "full"}
