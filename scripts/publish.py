@@ -3,10 +3,12 @@
 Enters: a workspace that `harness run` finished, and a folder. Leaves in the folder: the
 configuration, the results store (raw predictions, timings, perturbations; compressed), the report
 made from it, every perturbation file, and how it was made. `--again FOLDER` makes the report of a
-published store anew, for when the report itself changed.
+published store anew, for when the report itself changed. `--audit` keeps what `harness audit`
+wrote.
 
     python scripts/publish.py workspace reports/published/cifar10 --title "CIFAR-10, reduced scale"
     python scripts/publish.py --again reports/published/cifar10
+    python scripts/publish.py --audit workspace reports/published
 
 `--beside FOLDER` names the published run on the paper's other data set, for its claims about both.
 """
@@ -62,6 +64,27 @@ $ xz --decompress --keep {store}{other} && harness report --workspace . --out re
 """
 
 
+AUDIT_TEMPLATE = """
+## How it was made
+
+With [{folder}/harness.toml]({folder}/harness.toml) and the data file beside it, after `harness run`:
+
+```console
+$ harness audit
+```
+
+| | |
+|---|---|
+| commit | {commits} |
+| measured | {first} to {last} |
+| hardware | {machines} |
+| PyTorch, onnxruntime | {versions} |
+| prediction runs | {runs:,}, those of the audited workspace included |
+
+Every number and contrast as data: [audit.json](audit.json).
+"""
+
+
 def publish(
     workspace: Path, folder: Path, *, title: str, note: str, beside: Path | None = None
 ) -> None:
@@ -76,7 +99,7 @@ def publish(
         packed = lzma.compress(compact.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
         (folder / STORE).write_bytes(packed)
         with open_store(compact, create=False) as store:
-            facts = _facts(store)
+            facts = _facts([store])
     (folder / UAPS).write_bytes(_uaps(workspace / "cache"))
     again(folder, beside)
     name = beside.name if beside else ""
@@ -115,11 +138,26 @@ def _uaps(cache: Path) -> bytes:
     return lzma.compress(plain.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 
-def _facts(store: Store) -> dict[str, object]:
-    stored = list(store.predictions())
+def publish_audit(workspace: Path, folder: Path) -> None:
+    """`audit.md` and `audit.json`, with how they were made."""
+    audit = workspace / "audit"
+    with ExitStack() as opened:
+        files = [workspace / "results.db", *sorted(audit.glob("*/results.db"))]
+        facts = _facts([opened.enter_context(open_store(f, create=False)) for f in files])
+    published = [f.parent.name for f in folder.glob("*/harness.toml")
+                 if f.read_bytes() == (workspace / "harness.toml").read_bytes()]  # fmt: skip
+    if not published:
+        raise SystemExit(f"publish the audited workspace first: none in {folder} has its settings")
+    text = AUDIT_TEMPLATE.format(folder=published[0], **facts)
+    (folder / "audit.md").write_text((audit / "audit.md").read_text(encoding="utf-8") + text)
+    shutil.copyfile(audit / "audit.json", folder / "audit.json")
+
+
+def _facts(stores: list[Store]) -> dict[str, object]:
+    """What they have in common, and every commit and machine behind them."""
+    stored = [one for store in stores for one in store.predictions()]
     runs: list[PredictionRun] = [one.run for one in stored]
-    sets = store.evaluation_sets()
-    newest = list(sets.values())[-1]
+    newest = list(stores[0].evaluation_sets().values())[-1]
     when = sorted(one.created_at for one in stored)
     return {
         "commits": ", ".join(sorted({one.git_commit or "unknown" for one in stored})),
@@ -152,12 +190,15 @@ def main() -> None:
     parser.add_argument("--title", default="Published results")
     parser.add_argument("--note", default="")
     parser.add_argument("--again", type=Path, metavar="FOLDER")
+    parser.add_argument("--audit", action="store_true")
     parser.add_argument("--beside", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     if given.again is not None:
         again(given.again, given.beside)
     elif given.workspace is None or given.folder is None:
         parser.error("name a workspace and a folder, or --again FOLDER")
+    elif given.audit:
+        publish_audit(given.workspace, given.folder)
     else:
         publish(
             given.workspace,
