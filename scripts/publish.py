@@ -67,7 +67,7 @@ $ xz --decompress --keep {store}{other} && harness report --workspace . --out re
 AUDIT_TEMPLATE = """
 ## How it was made
 
-With [{folder}/harness.toml]({folder}/harness.toml) and the data file beside it, after `harness run`:
+With [harness.toml]({folder}/harness.toml) and the data file beside it, after `harness run`:
 
 ```console
 $ harness audit
