@@ -67,15 +67,30 @@ class Answer:
         found = next((f for f in self.findings if f.label == first), None)
         if found is None:
             return "Not measured."
-        size = (
-            f"{100 * found.difference.value:+.1f} points"
-            f" ({100 * found.difference.low:+.1f} to {100 * found.difference.high:+.1f})"
-        )
+        size = _size(found)
         if found.verdict == "none":
-            return f"{self.question.if_none} {size}, inside \u00b1{100 * MARGIN:.0f} points."
+            return f"{self.question.if_none} {size}."
         if found.verdict == "undecided":
             return f"Undecided here: {size}."
         return f"{self.question.if_shown} {size}."
+
+    @property
+    def shown(self) -> list[str]:
+        """A line for each other contrast that raises or lowers its rate."""
+        first = self.question.contrasts[0].label
+        return [
+            f"{found.label}: {_size(found)}"
+            for found in self.findings
+            if found.label != first and found.verdict in ("raises", "lowers")
+        ]
+
+
+def _size(found: Finding) -> str:
+    gap = found.difference
+    low, high = 100 * gap.low, 100 * gap.high
+    inside = f", inside \u00b1{100 * MARGIN:.0f} points" if found.verdict == "none" else ""
+    once = ", of one training run" if found.units == 1 else ""
+    return f"{100 * gap.value:+.1f} points ({low:+.1f} to {high:+.1f}){inside}{once}"
 
 
 def answers(questions: Sequence[Question], measured: Measured) -> list[Answer]:
@@ -157,6 +172,8 @@ def markdown_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
     for answer in found:
         question = answer.question
         lines += [f"**{question.title}** Theirs: {question.authors}. {answer.conclusion}", ""]
+        if shown := answer.shown:
+            lines += ["Shown besides:", "", *(f"- {line}" for line in shown), ""]
     lines += [
         "## All contrasts",
         "",
@@ -203,6 +220,7 @@ def json_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
                 "title": answer.question.title,
                 "authors": answer.question.authors,
                 "conclusion": answer.conclusion,
+                "shown_besides": answer.shown,
                 "contrasts": [
                     {**asdict(finding), "verdict": finding.verdict} for finding in answer.findings
                 ],

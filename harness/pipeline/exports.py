@@ -77,7 +77,6 @@ def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
     """What the file says of itself."""
     config = context.config
     coupling = config.train.sfp_coupling
-    epochs = planned_epochs(trained_for(variant.name), config.train)
     return {
         "variant": variant.name,
         "method": variant.method,
@@ -86,7 +85,6 @@ def _labels(context: Context, variant: Variant | Derived) -> dict[str, str]:
         "arch": config.arch,
         "width": str(config.width),
         "seed": str(config.seed),
-        "training": f"{epochs} epochs, {config.train.schedule}",
         # The paper's algorithm goes without saying; another must not pass for it.
         **({"sfp_coupling": coupling} if variant.method == "sfp" and coupling != "layer" else {}),
     }
@@ -215,8 +213,9 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
     """
     if name not in DEPLOYABLE:
         return _foreign_record(context, name, path)
-    manifest = load_manifest(path)
+    manifest, train = load_manifest(path), context.config.train
     metadata = manifest["metadata"]
+    epochs = planned_epochs(trained_for(name), train)
     return ModelRecord(
         sha256=manifest["sha256"],
         variant=name,
@@ -227,7 +226,7 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
         width=int(metadata["width"]),
         seed=int(metadata["seed"]),
         cost=manifest_cost(manifest),
-        manifest=manifest,
+        manifest={**manifest, "training": f"{epochs} epochs, {train.schedule}"},
     )
 
 

@@ -221,10 +221,9 @@ def unlike(study: Study, other: Study) -> list[str]:
 
 
 def _training(view: View) -> str:
-    """As its export says; exports of older versions do not."""
+    """As its record says; those of older versions do not."""
     full = next((v.model for v in view.variants if v.name == "full"), None)
-    metadata = full.manifest.get("metadata") if full is not None else None
-    said = metadata.get("training") if isinstance(metadata, dict) else None
+    said = full.manifest.get("training") if full is not None else None
     return said if isinstance(said, str) else "not recorded in the results store"
 
 

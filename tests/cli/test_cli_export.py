@@ -211,3 +211,5 @@ def test_what_was_measured_on_an_earlier_export_is_said_to_be_kept(
     assert said.err == expected
     sources = {row["uap_source"] for row in json.loads(said.out) if row["variant"] == "sfp"}
     assert sources == {None, "full"}
+    kept = table(workspace, "SELECT manifest FROM model WHERE variant = 'sfp'")
+    assert [json.loads(manifest)["training"] for (manifest,) in kept] == ["2 epochs, one_cycle"] * 2

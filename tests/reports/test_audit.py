@@ -57,6 +57,21 @@ def test_a_planted_effect_is_found_with_its_sign_and_size() -> None:
     assert answer.conclusion.startswith(answer.question.if_shown)
 
 
+def test_what_is_shown_besides_the_first_contrast_is_said_with_its_training_runs() -> None:
+    def rate(meeting: Meeting) -> float:
+        return 0.7 if meeting.victim_arm == "sfp_keep_90" and meeting.source is None else 0.5
+
+    (answer,) = answers([question("sfp_training")], planted(rate))
+    (line,) = answer.shown
+    assert line.startswith("clean error: SFP keeps 90 % of the filters: +33.")
+    assert line.endswith("), of one training run")
+    assert answer.conclusion.endswith("), inside \u00b15 points, of one training run.")
+    assert f"Shown besides:\n\n- {line}\n" in markdown_text([answer], facts=FACTS)
+    (nothing,) = answers([question("sfp_training")], planted(lambda _meeting: 0.5))
+    assert nothing.shown == []
+    assert "Shown besides" not in markdown_text([nothing], facts=FACTS)
+
+
 def test_another_seed_is_told_from_another_method() -> None:
     """SFP as any other seed: their comparison shows a gap, the one with another Full none."""
 

@@ -94,9 +94,8 @@ def test_a_run_like_the_papers_may_be_compared(store):
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"metadata": {"training": "160 epochs, steps"}}, "160 epochs, steps"),
-        ({"metadata": {"variant": "full"}}, "not recorded in the results store"),
-        ({"metadata": "damaged"}, "not recorded in the results store"),
+        ({"training": "160 epochs, steps"}, "160 epochs, steps"),
+        ({"training": ["damaged"]}, "not recorded in the results store"),
         ({}, "not recorded in the results store"),
     ],
 )

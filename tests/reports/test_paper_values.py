@@ -108,7 +108,11 @@ def test_the_caveats_that_numbers_show():
 
 
 def test_which_claims_the_papers_own_numbers_support(planter, store):
-    """By the page's rules without intervals; two of them are not borne out on SVHN."""
+    """By the page's rules without intervals.
+
+    Two of them are not borne out on SVHN, and one between the data sets: Q3 and Q4 err no more on
+    CIFAR-10 than on SVHN.
+    """
     p = planter("full")
     store.add_prediction_runs([p.run("full", None, p.erring(0.1, "clean"))])
     view = build_view(store)
@@ -121,4 +125,8 @@ def test_which_claims_the_papers_own_numbers_support(planter, store):
                 met = yes == len(demand.checks) if demand.need == "all" else 2 * yes > 10
                 if not met:
                     unsupported.add((key, claim.anchor))
-    assert unsupported == {("svhn", "sfp-source"), ("svhn", "pp-same")}
+    assert unsupported == {
+        ("svhn", "sfp-source"),
+        ("svhn", "pp-same"),
+        *((key, "datasets-uer") for key in paper().datasets),
+    }
