@@ -19,7 +19,7 @@ from harness.records import HarnessError, deployable_named
 )
 @click.option(
     "--beside",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     metavar="WORKSPACE",
     help="A workspace on the paper's other data set: judges what the paper says of both.",
 )

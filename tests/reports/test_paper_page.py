@@ -326,7 +326,9 @@ def test_a_workspace_that_cannot_be_beside_is_one_line(tmp_path):
     first = small(tmp_path / "a", "cifar10")
     same = small(tmp_path / "b", "cifar10")
     (empty := tmp_path / "c").mkdir()
-    for other, words in ((same, "this is cifar10 beside cifar10"), (empty, "harness init")):
+    gone = tmp_path / "gone"
+    same_data = "this is cifar10 beside cifar10"
+    for other, words in ((same, same_data), (empty, "harness init"), (gone, "harness init")):
         asked = ["report", "--workspace", str(first), "--beside", str(other)]
         outcome = CliRunner().invoke(cli, asked)
         assert outcome.exit_code != 0
