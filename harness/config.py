@@ -217,7 +217,9 @@ def _reduced(dataset: str | None) -> Config:
         attack="sgd",  # the paper's, whose numbers stand beside it
         train=replace(quick.train, epochs=10, batch_size=128, crop_padding=4),
         # Batches of 50 make the paper's 200 steps in a fiftieth of its images.
-        craft=CraftConfig(attack_images=2_000, epochs=5, batch_size=50, fleet_epochs=10),
+        craft=CraftConfig(
+            attack_images=2_000, epochs=5, batch_size=50, inner_batch=8, fleet_epochs=10
+        ),
         eval=EvalConfig(),
     )
 
