@@ -149,7 +149,8 @@ def publish_audit(workspace: Path, folder: Path) -> None:
     if not published:
         raise SystemExit(f"publish the audited workspace first: none in {folder} has its settings")
     text = AUDIT_TEMPLATE.format(folder=published[0], **facts)
-    (folder / "audit.md").write_text((audit / "audit.md").read_text(encoding="utf-8") + text)
+    written = (audit / "audit.md").read_text(encoding="utf-8")
+    (folder / "audit.md").write_text(written + text, encoding="utf-8")
     shutil.copyfile(audit / "audit.json", folder / "audit.json")
 
 
