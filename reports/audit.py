@@ -23,7 +23,8 @@ MARGIN = 0.05
 """Five points: a smaller difference would change no one's choice of a method."""
 
 Wrong = npt.NDArray[np.bool_]
-Measured = Callable[[Meeting], Wrong | None]
+Measured = Callable[[Meeting, float | None], Wrong | None]
+"""(meeting, budget in 1/255 units; None for clean images) -> whether the model errs, per image."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Finding:
     """One contrast, measured."""
 
     label: str
+    eps: float | None
+    """The budget of its perturbations; None where images are clean."""
     units: int
     reference_units: int
     rate: float
@@ -62,27 +65,34 @@ class Answer:
 
     @property
     def conclusion(self) -> str:
-        """One plain sentence, of the first contrast."""
+        """In plain sentences: what the first contrast says, by budget."""
         first = self.question.contrasts[0].label
-        found = next((f for f in self.findings if f.label == first), None)
-        if found is None:
+        found = [finding for finding in self.findings if finding.label == first]
+        if not found:
             return "Not measured."
-        size = _size(found)
-        if found.verdict == "none":
-            return f"{self.question.if_none} {size}."
-        if found.verdict == "undecided":
-            return f"Undecided here: {size}."
-        return f"{self.question.if_shown} {size}."
+        said: dict[str, list[str]] = {}
+        for finding in found:
+            said.setdefault(self._words(finding), []).append(f"{_at(finding)}{_size(finding)}")
+        return " ".join(f"{words} {'; '.join(sizes)}." for words, sizes in said.items())
+
+    def _words(self, finding: Finding) -> str:
+        if finding.verdict == "none":
+            return self.question.if_none
+        return "Undecided here:" if finding.verdict == "undecided" else self.question.if_shown
 
     @property
     def shown(self) -> list[str]:
         """A line for each other contrast that raises or lowers its rate."""
         first = self.question.contrasts[0].label
         return [
-            f"{found.label}: {_size(found)}"
+            f"{found.label}: {_at(found)}{_size(found)}"
             for found in self.findings
             if found.label != first and found.verdict in ("raises", "lowers")
         ]
+
+
+def _at(finding: Finding) -> str:
+    return "" if finding.eps is None else f"eps {finding.eps:g}: "
 
 
 def _size(found: Finding) -> str:
@@ -93,45 +103,60 @@ def _size(found: Finding) -> str:
     return f"{100 * gap.value:+.1f} points ({low:+.1f} to {high:+.1f}){inside}{once}"
 
 
-def answers(questions: Sequence[Question], measured: Measured) -> list[Answer]:
-    """Every question's findings; p-values are Holm-adjusted over all of them together."""
-    found: list[tuple[Question, Contrast, list[Wrong], list[Wrong], Estimate]] = []
+def answers(
+    questions: Sequence[Question], measured: Measured, *, budgets: Sequence[float]
+) -> list[Answer]:
+    """Every question's findings; p-values are Holm-adjusted over all of them together.
+
+    Args:
+        questions: what is asked.
+        measured: what every model got wrong.
+        budgets: in 1/255 units; every contrast under perturbations is one at each.
+    """
+    found: list[tuple[Question, Contrast, float | None, list[Any], list[Any], Estimate]] = []
     missing: dict[str, list[str]] = {question.name: [] for question in questions}
-    for question in questions:
-        for contrast in question.contrasts:
-            changed = _rates(contrast.changed, measured)
-            reference = _rates(contrast.reference, measured)
-            if changed is None or reference is None:
-                missing[question.name].append(contrast.label)
-                continue
-            estimate = difference(
-                np.stack(changed), np.stack(reference), same_seeds=contrast.paired
-            )
-            found.append((question, contrast, changed, reference, estimate))
+    asked = [
+        (question, contrast, eps)
+        for question in questions
+        for contrast in question.contrasts
+        for eps in ((None,) if contrast.is_clean else budgets)
+    ]
+    for question, contrast, eps in asked:
+        changed = _rates(contrast.changed, measured, eps)
+        reference = _rates(contrast.reference, measured, eps)
+        if changed is None or reference is None:
+            missing[question.name].append(contrast.label)
+            continue
+        estimate = difference(np.stack(changed), np.stack(reference), same_seeds=contrast.paired)
+        found.append((question, contrast, eps, changed, reference, estimate))
     adjusted = holm([estimate.p for *_, estimate in found])
     findings: dict[str, list[Finding]] = {question.name: [] for question in questions}
-    for (question, contrast, changed, reference, estimate), p in zip(found, adjusted, strict=True):
+    for one, p in zip(found, adjusted, strict=True):
+        question, contrast, eps, changed, reference, estimate = one
         pairs = zip(changed, reference, strict=True) if contrast.paired else ()
         findings[question.name].append(
             Finding(
                 label=contrast.label,
+                eps=eps,
                 units=len(changed),
                 reference_units=len(reference),
                 rate=float(np.mean([unit.mean() for unit in changed])),
                 reference_rate=float(np.mean([unit.mean() for unit in reference])),
                 difference=estimate,
-                each=tuple(float(one.mean() - other.mean()) for one, other in pairs),
+                each=tuple(float(c.mean() - r.mean()) for c, r in pairs),
                 p_adjusted=p,
             )
         )
-    return [Answer(q, tuple(findings[q.name]), tuple(missing[q.name])) for q in questions]
+    return [
+        Answer(q, tuple(findings[q.name]), tuple(dict.fromkeys(missing[q.name]))) for q in questions
+    ]
 
 
-def _rates(units: Sequence[Unit], measured: Measured) -> list[Any] | None:
+def _rates(units: Sequence[Unit], measured: Measured, eps: float | None) -> list[Any] | None:
     """[N] of every unit: the share of its meetings in which an image is wrong; None if unknown."""
     rates = []
     for unit in units:
-        wrong = [measured(meeting) for meeting in unit]
+        wrong = [measured(meeting, eps) for meeting in unit]
         if any(one is None for one in wrong):
             return None
         rates.append(np.mean([one for one in wrong if one is not None], axis=0))
@@ -141,7 +166,7 @@ def _rates(units: Sequence[Unit], measured: Measured) -> list[Any] | None:
 # --- text ----------------------------------------------------------------------------------------
 
 METHOD = (
-    "Rates are UER at the reference budget unless they say clean error. Differences are in points,"
+    "Rates are UER at the budget named unless they say clean error. Differences are in points,"
     " with 95 % intervals over images and units (hierarchical bootstrap); p-values are"
     f" Holm-adjusted over the whole audit. Less than \u00b1{100 * MARGIN:.0f} points is called"
     " no difference that matters.",
@@ -177,13 +202,13 @@ def markdown_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
     lines += [
         "## All contrasts",
         "",
-        "| question | contrast | units | rate | reference | difference | 95 % | each | p | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| question | contrast | eps | units | rate | reference | difference | 95 % | each | p | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for answer in found:
         lines += [_row(answer.question.name, finding) for finding in answer.findings]
         lines += [
-            f"| {answer.question.name} | {label} | | | | not measured | | | | |"
+            f"| {answer.question.name} | {label} | | | | | not measured | | | | |"
             for label in answer.missing
         ]
     return "\n".join(lines) + "\n"
@@ -197,6 +222,7 @@ def _row(question: str, finding: Finding) -> str:
     cells = (
         question,
         finding.label,
+        "clean" if finding.eps is None else f"{finding.eps:g}",
         units,
         f"{100 * finding.rate:.1f}",
         f"{100 * finding.reference_rate:.1f}",

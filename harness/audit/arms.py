@@ -6,17 +6,17 @@ authors' public code (github mataach/adversarial_ml, kenny-co/sgd-uap-torch), no
 
 from __future__ import annotations
 
+import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config import Config, config_from_dict, to_toml
 
 BASE = "base"
 """The audited workspace itself."""
-SEEDS = (BASE, "seed1", "seed2")
-"""Arms that differ in the seed only: as many training runs of every method."""
-SEEDS_FROM_FULL = ("sfp_from_full", "sfp_from_full_s1", "sfp_from_full_s2")
+_LATER_SEED = re.compile(r"(?:seed|(?P<arm>.+)_s)(?P<offset>[1-9][0-9]?)")
+"""Names of arms that `in_seed` makes."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Arm:
     changes: dict[str, Any]
     """Key of `harness.toml`, with its table -> value."""
     what: str
+    seed_offset: int = 0
+    """Added to the audited seed: the same once more, trained and crafted anew."""
 
 
 CRAFTED_ALIKE: dict[str, Any] = {
@@ -62,27 +64,37 @@ ARMS = (
         "steps of 0.8 eps, clamp 12 (their later code)",
     ),
     Arm("unit_masks", {"train.pp_granularity": "unit"}, "PP masks single activations"),
-    Arm("seed1", {"seed": 1}, "all from another seed"),
-    Arm("seed2", {"seed": 2}, "all from a third seed"),
     Arm("sfp_from_full", {"train.sfp_start": "full"}, "SFP goes on from Full"),
     Arm("resnet20", {"arch": "resnet20"}, "ResNet-20"),
     Arm("not_augmented", {"train.crop_padding": 0}, "trained without crops and flips"),
     Arm("sfp_keep_90", {"train.sfp_keep": 0.9}, "SFP keeps 90 % of the filters"),
     Arm("sfp_keep_10", {"train.sfp_keep": 0.1}, "SFP keeps 10 % of the filters"),
-    Arm(
-        "sfp_from_full_s1", {"train.sfp_start": "full", "seed": 1}, "SFP goes on from Full, seed 1"
-    ),
-    Arm(
-        "sfp_from_full_s2", {"train.sfp_start": "full", "seed": 2}, "SFP goes on from Full, seed 2"
-    ),
 )
 """Those without training first, then by what they tell: a time limit may cut the rest."""
 
 
+def in_seed(arm: str, offset: int) -> str:
+    """The name of an arm's repetition with the audited seed + `offset`; 0 is the arm itself."""
+    if offset == 0:
+        return arm
+    return f"seed{offset}" if arm == BASE else f"{arm}_s{offset}"
+
+
 def arm_named(name: str) -> Arm:
-    """The arm of that name; the audited workspace is one that changes nothing."""
-    arms = (Arm(BASE, {}, "as configured"), *ARMS)
-    return next(arm for arm in arms if arm.name == name)
+    """The arm of that name; the audited workspace is one that changes nothing.
+
+    Raises:
+        KeyError: there is none.
+    """
+    named = {arm.name: arm for arm in (Arm(BASE, {}, "as configured"), *ARMS)}
+    if name in named:
+        return named[name]
+    later = _LATER_SEED.fullmatch(name)
+    if later is None:
+        raise KeyError(name)
+    repeated, offset = named[later["arm"] or BASE], int(later["offset"])
+    what = f"{repeated.what}, seed + {offset}"
+    return replace(repeated, name=name, what=what, seed_offset=offset)
 
 
 def config_of(arm: Arm, audited: Config) -> Config:
@@ -92,6 +104,7 @@ def config_of(arm: Arm, audited: Config) -> Config:
         UsageError: the change does not go with the rest of the configuration.
     """
     values = tomllib.loads(to_toml(audited))
+    values["seed"] += arm.seed_offset
     for key, value in arm.changes.items():
         table, _, name = key.rpartition(".")
         (values[table] if table else values)[name] = value

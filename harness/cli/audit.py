@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from harness.audit.questions import Question
     from harness.pipeline.audit import Audit
     from harness.pipeline.context import Context
+    from reports.audit import Answer
 
 
 @click.command()
 @click.option(
     "--question", "names", multiple=True, metavar="NAME", help="Only this one; may be repeated."
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(2, 20),
+    metavar="N",
+    help="Training seeds of what is trained otherwise; 3 unless given.",
 )
 @click.option("--list", "listing", is_flag=True, help="Print the questions, stop.")
 @workspace_option
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 @json_option
 def audit(
     names: tuple[str, ...],
+    seeds: int | None,
     listing: bool,
     root: Path,
     accelerator: str,
@@ -48,27 +56,29 @@ def audit(
     The paper's code makes choices that the paper does not mention: UAPs crafted on the test images,
     batch norm in train mode, ResNet-20 for the quantised models, one training seed a method. Each
     is an arm: a workspace in audit/ that differs by that choice, built as far as a question needs
-    it. Writes audit/audit.md and audit/audit.json after every question.
+    it, and asked at every budget of craft.transfer_eps. Writes audit/audit.md and audit/audit.json
+    after every question, each over the most seeds it was measured for.
 
     Works on any workspace, and takes from `harness run` what that has built. All arms together
-    train as long as some twenty models do.
+    train as long as some forty models do; every further seed as some ten.
 
     \b
     Examples:
       harness audit --list
       harness audit --question split --question seeds
+      harness audit --question methods --seeds 5     over five training runs of every method
       harness audit --time-limit 9m                  again and again, while it ends with 124
     """
-    from harness.audit.questions import QUESTIONS
+    from harness.audit.questions import QUESTIONS, SEEDS
     from harness.pipeline.audit import Audit
     from harness.workspace import open_workspace
-    from reports.audit import answers, json_text
+    from reports.audit import json_text
 
     if listing:
-        for question in QUESTIONS:
-            click.echo(f"{question.name:14} {question.title}")
+        for name, make in QUESTIONS.items():
+            click.echo(f"{name:14} {make(SEEDS).title}")
         return
-    chosen = _chosen(names)
+    chosen = _chosen(names, SEEDS if seeds is None else seeds)
     workspace = open_workspace(root)
     context = make_context(
         workspace, accelerator=accelerator, data_dir=data_dir, time_limit_s=time_limit_s
@@ -79,39 +89,44 @@ def audit(
             context.reporter.note(f"{question.name}: {question.title}")
             measured.run(question)
             _write(context, measured)
-        found = answers(QUESTIONS, measured.wrong)
+        found = _answers(measured)
     if as_json:
         click.echo(json_text(found, facts=_facts(context)), nl=False)
     else:
         click.echo(str(measured.folder / "audit.md"))
 
 
-def _chosen(names: tuple[str, ...]) -> list[Question]:
+def _chosen(names: tuple[str, ...], seeds: int) -> list[Question]:
     from harness.audit.questions import QUESTIONS
 
-    known = {question.name: question for question in QUESTIONS}
     for name in names:
-        if name not in known:
-            raise UsageError(f"no question {name!r}: choose from {', '.join(known)}")
-    return [question for question in QUESTIONS if not names or question.name in names]
+        if name not in QUESTIONS:
+            raise UsageError(f"no question {name!r}: choose from {', '.join(QUESTIONS)}")
+    return [make(seeds) for name, make in QUESTIONS.items() if not names or name in names]
+
+
+def _answers(measured: Audit) -> list[Answer]:
+    from reports.audit import answers
+
+    return answers(measured.asked(), measured.wrong, budgets=measured.budgets)
 
 
 def _write(context: Context, measured: Audit) -> None:
     from harness.artefacts import write_atomic
-    from harness.audit.questions import QUESTIONS
-    from reports.audit import answers, json_text, markdown_text
+    from reports.audit import json_text, markdown_text
 
-    found, facts = answers(QUESTIONS, measured.wrong), _facts(context)
+    found, facts = _answers(measured), _facts(context)
     write_atomic(measured.folder / "audit.md", markdown_text(found, facts=facts).encode())
     write_atomic(measured.folder / "audit.json", json_text(found, facts=facts).encode())
 
 
 def _facts(context: Context) -> list[str]:
     config, data = context.config, context.data
+    budgets = " and ".join(f"{eps:g}" for eps in config.craft.transfer_budgets)
     return [
         f"{data.name}, {len(data.evaluation):,} evaluation images; preset {config.preset}: "
         f"{config.arch} of width {config.width}, {config.train.epochs} epochs, seed {config.seed}.",
-        f"UAPs at eps {config.craft.reference_eps:g}: attack {config.attack}, protocol "
+        f"UAPs at eps {budgets}: attack {config.attack}, protocol "
         f"{config.protocol}, {config.craft.attack_images:,} attack images, {config.craft.epochs} "
         "epochs, unless the contrast says otherwise. Measured with onnxruntime on the exported "
         "models.",

@@ -7,6 +7,7 @@ on an arm's change are taken from another arm, not trained again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy.typing as npt
 
 from devices.local import LocalDevice
 from harness.artefacts import write_atomic
-from harness.audit.arms import ARMS, BASE, arm_named, config_of
-from harness.audit.questions import Meeting, Question
+from harness.audit.arms import ARMS, BASE, arm_named, config_of, in_seed
+from harness.audit.questions import QUESTIONS, SEEDS, Meeting, Question
 from harness.config import Config, to_toml
 from harness.data.dataset import Dataset
 from harness.pipeline.checkpoints import (
@@ -30,7 +31,7 @@ from harness.pipeline.context import Context
 from harness.pipeline.experiment import attack_tasks
 from harness.pipeline.tasks import Task
 from harness.pipeline.uap_files import valid_uap
-from harness.pipeline.uap_names import transfer_name
+from harness.pipeline.uap_names import transfer_names
 from harness.pipeline.uaps import craft_tasks
 from harness.records import CONTROLS, UsageError
 from harness.sampling import RunKey, by_machine
@@ -48,6 +49,14 @@ class Audit:
     context: Context
     _arms: dict[str, Context] = field(default_factory=dict)
     _data: dict[tuple[object, ...], Dataset] = field(default_factory=dict)
+    _wrong: dict[tuple[Meeting, float | None], Wrong | None] = field(default_factory=dict)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Every question is asked at these, the one that headlines first."""
+        craft = self.context.config.craft
+        rest = (eps for eps in craft.transfer_budgets if eps != craft.reference_eps)
+        return (craft.reference_eps, *rest)
 
     @property
     def folder(self) -> Path:
@@ -71,14 +80,24 @@ class Audit:
             self._arms[name] = replace(self.context, workspace=workspace, loaded=self._data[of])
         return self._arms[name]
 
-    def uap_name(self, meeting: Meeting) -> UapName | None:
+    def uap_name(self, meeting: Meeting, eps: float | None) -> UapName | None:
         """The perturbation of a meeting, as its arm calls it; None where there is none."""
         if meeting.source is None:
             return None
         context = self.arm(meeting.source_arm)
-        name = transfer_name(context, meeting.source)
+        # Of several crafting seeds the workspace's own, which comes last.
+        name = next(n for n in reversed(transfer_names(context, meeting.source)) if n.eps == eps)
         own = meeting.attack == context.config.attack or meeting.source in CONTROLS
         return replace(name, attack="" if own else meeting.attack)
+
+    def asked(self) -> list[Question]:
+        """Every question, over the most seeds it is measured for; else as many as it was asked."""
+        found = []
+        for name, make in QUESTIONS.items():
+            most = self._seeds_of(name)
+            of_seeds = (make(seeds) for seeds in range(most, 1, -1))
+            found.append(next((q for q in of_seeds if self._is_measured(q)), make(most)))
+        return found
 
     def run(self, question: Question) -> int:
         """Measure what a question needs and the stores lack. Returns how many tasks were run.
@@ -86,6 +105,7 @@ class Audit:
         Raises:
             TimeLimitReached: the deadline of the context is over.
         """
+        self._wrong.clear()
         ran, waiting = 0, _in_order(question.meetings)
         for name in waiting:
             self._configure(name)
@@ -105,9 +125,15 @@ class Audit:
         # A stage after the other, so that all models are evaluated side by side.
         return ran + self.context.build(sorted(tasks, key=lambda task: STAGES.index(task.stage)))
 
-    def wrong(self, meeting: Meeting) -> Wrong | None:
-        """What the model of a meeting got wrong; None where that is not measured."""
-        context, uap = self.arm(meeting.victim_arm), self.uap_name(meeting)
+    def wrong(self, meeting: Meeting, eps: float | None) -> Wrong | None:
+        """What the model of a meeting got wrong at a budget; None where that is not measured."""
+        at = (meeting, None if meeting.source is None else eps)
+        if at not in self._wrong:
+            self._wrong[at] = self._measured(*at)
+        return self._wrong[at]
+
+    def _measured(self, meeting: Meeting, eps: float | None) -> Wrong | None:
+        context, uap = self.arm(meeting.victim_arm), self.uap_name(meeting, eps)
         onnx, uap_sha256 = context.workspace.onnx(meeting.victim), None
         if uap is not None:
             source = self.arm(meeting.source_arm)
@@ -139,6 +165,22 @@ class Audit:
             )
         return data
 
+    def _seeds_of(self, question: str) -> int:
+        """The most seeds all of whose arms are there; as many as usual where it was not asked."""
+        seeds, most = SEEDS, 1
+        while all(self._is_there(arm) for arm in _in_order(QUESTIONS[question](most + 1).meetings)):
+            most += 1
+            if QUESTIONS[question](most) == QUESTIONS[question](most + 1):
+                return most
+        return most if most > 1 else seeds
+
+    def _is_measured(self, question: Question) -> bool:
+        met = itertools.product(question.meetings, self.budgets)
+        return all(self.wrong(meeting, eps) is not None for meeting, eps in met)
+
+    def _is_there(self, arm: str) -> bool:
+        return arm == BASE or (self.folder / arm / CONFIG_NAME).exists()
+
     def _configure(self, name: str) -> None:
         context = self.arm(name)
         path, text = context.workspace.root / CONFIG_NAME, to_toml(context.config).encode()
@@ -148,7 +190,8 @@ class Audit:
     def _preparations(self, question: Question, arm: str) -> list[Task]:
         """Training and crafting of an arm."""
         context = self.arm(arm)
-        uaps = [self.uap_name(m) for m in question.meetings if m.source_arm == arm]
+        mine = [m for m in question.meetings if m.source_arm == arm]
+        uaps = [self.uap_name(m, eps) for eps in self.budgets for m in mine]
         tasks = train_tasks(context, _variants(question, arm))
         tasks += craft_tasks(context, [uap for uap in uaps if uap is not None])
         return _named_by(arm, tasks)
@@ -158,8 +201,8 @@ class Audit:
         mine = [m for m in question.meetings if m.victim_arm == arm]
         for victim in dict.fromkeys(m.victim for m in mine):
             paths = []
-            for meeting in mine:
-                uap = self.uap_name(meeting)
+            for meeting, eps in itertools.product(mine, self.budgets):
+                uap = self.uap_name(meeting, eps)
                 if meeting.victim == victim and uap is not None:
                     # Whole paths: this arm's own file of the same name is another.
                     paths.append(str(self.arm(meeting.source_arm).workspace.uap(uap).absolute()))
@@ -203,9 +246,11 @@ def _named_by(arm: str, tasks: Sequence[Task]) -> list[Task]:
 
 
 def _in_order(meetings: Sequence[Meeting]) -> list[str]:
-    """The arms that take part, the audited workspace first."""
+    """The arms that take part, the audited workspace first, then by seed."""
     part = {arm for m in meetings for arm in (m.victim_arm, m.source_arm)}
-    return [name for name in (BASE, *(arm.name for arm in ARMS)) if name in part]
+    kinds = [BASE, *(arm.name for arm in ARMS)]
+    offsets = range(1 + max(arm_named(name).seed_offset for name in part))
+    return [name for offset in offsets for kind in kinds if (name := in_seed(kind, offset)) in part]
 
 
 def _variants(question: Question, arm: str) -> list[str]:

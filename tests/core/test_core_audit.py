@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 
-from harness.audit.arms import ARMS, BASE, Arm, arm_named, config_of
-from harness.audit.questions import QUESTIONS, Contrast, Question
+from harness.audit.arms import ARMS, BASE, Arm, arm_named, config_of, in_seed
+from harness.audit.questions import QUESTIONS, SEEDS, Contrast, Question
 from harness.config import Config, preset_named
 from harness.records import BLOCKS_PER_STAGE, CONTROLS, variant_named
 
 PRESETS = ("quickstart", "reduced", "paper-fast", "paper")
+ASKED = [make(SEEDS) for make in QUESTIONS.values()]
 
 
 def flat(config: Config) -> dict[str, object]:
@@ -41,7 +42,26 @@ def test_the_audited_workspace_is_an_arm_that_changes_nothing() -> None:
     assert config_of(arm_named(BASE), audited) == audited
 
 
-@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.name)
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("arm", [BASE, *(arm.name for arm in ARMS)])
+def test_an_arm_in_another_seed_changes_the_seed_too(arm: str, seed: int) -> None:
+    audited = dataclasses.replace(preset_named("reduced"), seed=seed)
+    once, again = config_of(arm_named(arm), audited), config_of(arm_named(in_seed(arm, 2)), audited)
+    assert in_seed(arm, 0) == arm
+    assert once.seed == seed
+    assert again == dataclasses.replace(once, seed=seed + 2)
+
+
+@pytest.mark.parametrize("name", ["seed0", "seed", "base_s1", "full", "no_clamp_s", "no_clamp_s0"])
+def test_what_no_arm_is_called_is_none(name: str) -> None:
+    if name == "base_s1":  # reads as the base in another seed, which `in_seed` calls seed1
+        assert in_seed(BASE, 1) == "seed1"
+        return
+    with pytest.raises(KeyError):
+        arm_named(name)
+
+
+@pytest.mark.parametrize("question", ASKED, ids=lambda question: question.name)
 def test_every_meeting_is_of_models_that_its_arms_can_have(question: Question) -> None:
     for meeting in question.meetings:
         for arm, name in (
@@ -56,15 +76,16 @@ def test_every_meeting_is_of_models_that_its_arms_can_have(question: Question) -
 
 
 def test_every_arm_is_asked_about_and_names_are_unique() -> None:
-    used = {a for q in QUESTIONS for m in q.meetings for a in (m.victim_arm, m.source_arm)}
-    assert used == {BASE, *(arm.name for arm in ARMS)}
-    labels = [(q.name, c.label) for q in QUESTIONS for c in q.contrasts]
+    used = {a for q in ASKED for m in q.meetings for a in (m.victim_arm, m.source_arm)}
+    assert {arm.name for arm in ARMS} | {BASE} <= used
+    assert {arm_named(name).seed_offset for name in used} == set(range(SEEDS))
+    labels = [(q.name, c.label) for q in ASKED for c in q.contrasts]
     assert len(set(labels)) == len(labels)
-    assert len({q.name for q in QUESTIONS}) == len(QUESTIONS)
+    assert [q.name for q in ASKED] == list(QUESTIONS)
 
 
 def every_contrast() -> list[Contrast]:
-    return [contrast for question in QUESTIONS for contrast in question.contrasts]
+    return [contrast for question in ASKED for contrast in question.contrasts]
 
 
 @pytest.mark.parametrize("contrast", every_contrast(), ids=lambda contrast: contrast.label)
@@ -76,20 +97,38 @@ def test_a_contrast_compares_different_things_unit_by_unit(contrast: Contrast) -
         assert len(contrast.changed) == len(contrast.reference)
     meetings = [m for unit in contrast.changed for m in unit]
     assert len(set(meetings)) == len(meetings), "one measurement counted twice"
-    clean = {m.source is None for m in contrast.meetings}
-    assert len(clean) == 1, "clean error against UER"
+    assert len({m.source is None for m in contrast.meetings}) == 1, "clean error against UER"
 
 
-def test_claims_between_methods_have_three_training_seeds() -> None:
-    for question in QUESTIONS:
-        if question.name in ("seeds", "methods"):
-            for contrast in question.contrasts:
-                assert len(contrast.changed) == len(contrast.reference) == 3
+TRAINED = ("unit_masks", "seeds", "methods", "architecture", "sfp_training")
 
 
-def test_across_seeds_nothing_is_shared() -> None:
-    (question,) = (q for q in QUESTIONS if q.name == "seeds")
-    contrast = next(c for c in question.contrasts if "another seed's Full" in c.label)
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_trained_otherwise_has_as_many_units_as_training_seeds(
+    name: str, seeds: int
+) -> None:
+    for contrast in QUESTIONS[name](seeds).contrasts:
+        if "10 %" in contrast.label:  # hardly a classifier is left
+            assert len(contrast.changed) == 1
+            continue
+        assert len(contrast.changed) == len(contrast.reference) == seeds
+        for changed, reference in zip(contrast.changed, contrast.reference, strict=True):
+            # Unit i of both is of one seed: the audited one + i.
+            offsets = {arm_named(m.victim_arm).seed_offset for m in (*changed, *reference)}
+            assert len(offsets) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(QUESTIONS) - set(TRAINED)))
+def test_how_uaps_are_crafted_is_asked_of_one_seed(name: str) -> None:
+    assert QUESTIONS[name](2) == QUESTIONS[name](7)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_across_seeds_nothing_is_shared(seeds: int) -> None:
+    contrasts = QUESTIONS["seeds"](seeds).contrasts
+    contrast = next(c for c in contrasts if "another seed's Full" in c.label)
     for unit in (*contrast.changed, *contrast.reference):
+        assert len(unit) == seeds - 1
         assert len({m.victim_arm for m in unit}) == 1
         assert all(m.source_arm != m.victim_arm for m in unit)

@@ -11,20 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.audit.questions import QUESTIONS, Contrast, Meeting, Question
-from reports.audit import MARGIN, answers, json_text, markdown_text
+from harness.audit.questions import QUESTIONS, SEEDS, Contrast, Meeting, Question
+from reports.audit import MARGIN, Answer, answers, json_text, markdown_text
 
 N = 4000
 FACTS = ["planted"]
+BUDGETS = (10.0, 4.0)
+ASKED = [make(SEEDS) for make in QUESTIONS.values()]
 Wrong = npt.NDArray[np.bool_]
+Measured = Callable[[Meeting, float | None], Wrong]
 
 
-def planted(rate: Callable[[Meeting], float], *, seed: int = 0) -> Callable[[Meeting], Wrong]:
+def planted(rate: Callable[[Meeting], float], *, seed: int = 0) -> Measured:
     """Errors of each meeting, at its rate, the same images being hard for all."""
     hardness = np.random.default_rng(seed).random(N)
 
-    def measured(meeting: Meeting) -> Wrong:
-        own = np.random.default_rng([seed, *repr(meeting).encode()]).random(N)
+    def measured(meeting: Meeting, eps: float | None) -> Wrong:
+        assert (eps is None) == (meeting.source is None)
+        own = np.random.default_rng([seed, *repr((meeting, eps)).encode()]).random(N)
         wrong: Wrong = 0.5 * (hardness + own) < rate(meeting)
         return wrong
 
@@ -32,13 +36,18 @@ def planted(rate: Callable[[Meeting], float], *, seed: int = 0) -> Callable[[Mee
 
 
 def question(name: str) -> Question:
-    return next(q for q in QUESTIONS if q.name == name)
+    return QUESTIONS[name](SEEDS)
+
+
+def answered(questions: list[Question], measured: Callable[..., Wrong | None]) -> list[Answer]:
+    return answers(questions, measured, budgets=BUDGETS)
 
 
 def test_where_nothing_differs_nothing_is_claimed() -> None:
-    found = answers(QUESTIONS, planted(lambda _meeting: 0.5))
+    found = answered(ASKED, planted(lambda _meeting: 0.5))
     verdicts = [finding.verdict for answer in found for finding in answer.findings]
-    assert len(verdicts) == sum(len(q.contrasts) for q in QUESTIONS)
+    contrasts = [contrast for q in ASKED for contrast in q.contrasts]
+    assert len(verdicts) == sum(1 if c.is_clean else len(BUDGETS) for c in contrasts)
     assert set(verdicts) <= {"none", "undecided"}
     assert "none" in verdicts
 
@@ -47,7 +56,7 @@ def test_a_planted_effect_is_found_with_its_sign_and_size() -> None:
     def rate(meeting: Meeting) -> float:
         return 0.7 if meeting.source_arm == "crafted_on_test" else 0.5
 
-    (answer,) = answers([question("split")], planted(rate))
+    (answer,) = answered([question("split")], planted(rate))
     for finding in answer.findings:
         assert finding.verdict == "raises"
         # P((a + b) / 2 < .7) - P((a + b) / 2 < .5) for uniform a, b.
@@ -59,17 +68,37 @@ def test_a_planted_effect_is_found_with_its_sign_and_size() -> None:
 
 def test_what_is_shown_besides_the_first_contrast_is_said_with_its_training_runs() -> None:
     def rate(meeting: Meeting) -> float:
-        return 0.7 if meeting.victim_arm == "sfp_keep_90" and meeting.source is None else 0.5
+        changed = meeting.victim_arm.startswith("sfp_keep_") and meeting.source is None
+        return 0.7 if changed else 0.5
 
-    (answer,) = answers([question("sfp_training")], planted(rate))
-    (line,) = answer.shown
-    assert line.startswith("clean error: SFP keeps 90 % of the filters: +33.")
-    assert line.endswith("), of one training run")
-    assert answer.conclusion.endswith("), inside \u00b15 points, of one training run.")
-    assert f"Shown besides:\n\n- {line}\n" in markdown_text([answer], facts=FACTS)
-    (nothing,) = answers([question("sfp_training")], planted(lambda _meeting: 0.5))
+    (answer,) = answered([question("sfp_training")], planted(rate))
+    often, once = answer.shown
+    assert often.startswith("clean error: SFP keeps 90 % of the filters: +3")
+    assert often.endswith(")")
+    assert once.startswith("clean error: SFP keeps 10 % of the filters: +3")
+    assert once.endswith("), of one training run")
+    assert answer.conclusion.startswith(f"{answer.question.if_none} eps 10: ")
+    assert "; eps 4: " in answer.conclusion
+    assert answer.conclusion.endswith("), inside \u00b15 points.")
+    assert f"Shown besides:\n\n- {often}\n- {once}\n" in markdown_text([answer], facts=FACTS)
+    (nothing,) = answered([question("sfp_training")], planted(lambda _meeting: 0.5))
     assert nothing.shown == []
     assert "Shown besides" not in markdown_text([nothing], facts=FACTS)
+
+
+def test_budgets_that_say_different_things_are_told_apart() -> None:
+    harder = planted(lambda meeting: 0.7 if meeting.source_arm == "no_clamp" else 0.5)
+    alike = planted(lambda _meeting: 0.5)
+    (answer,) = answered(
+        [question("loss_and_step")], lambda m, eps: (harder if eps == 4 else alike)(m, eps)
+    )
+    clamp = [f for f in answer.findings if f.label == "white-box: loss not clamped"]
+    assert {finding.eps: finding.verdict for finding in clamp} == {10: "none", 4: "raises"}
+    none, raised = answer.conclusion.split(answer.question.if_shown)
+    assert none.startswith(f"{answer.question.if_none} eps 10: ")
+    assert raised.startswith(" eps 4: +")
+    assert any(line.startswith("Full's on the others: loss not clamped: eps 4:")
+               for line in answer.shown)  # fmt: skip
 
 
 def test_another_seed_is_told_from_another_method() -> None:
@@ -79,7 +108,7 @@ def test_another_seed_is_told_from_another_method() -> None:
         shared = meeting.victim_arm == meeting.source_arm and meeting.victim != "sfp"
         return 0.8 if shared else 0.4
 
-    (answer,) = answers([question("seeds")], planted(rate))
+    (answer,) = answered([question("seeds")], planted(rate))
     verdicts = {finding.label: finding.verdict for finding in answer.findings}
     assert verdicts["Full's on SFP minus on Full itself (their comparison)"] == "lowers"
     assert verdicts["Full's on SFP minus on another seed's Full"] == "none"
@@ -92,15 +121,16 @@ def test_units_that_disagree_leave_it_undecided() -> None:
     def rate(meeting: Meeting) -> float:
         return up[meeting.victim] if meeting.source_arm == "crafted_on_test" else 0.5
 
-    (answer,) = answers([question("split")], planted(rate))
+    (answer,) = answered([question("split")], planted(rate))
     assert answer.findings[0].verdict == "undecided"
     assert answer.conclusion.startswith("Undecided")
 
 
 def test_what_was_not_measured_is_named_and_breaks_nothing() -> None:
     whole = planted(lambda _meeting: 0.5)
-    (answer,) = answers(
-        [question("seeds")], lambda m: None if "seed2" in (m.victim_arm, m.source_arm) else whole(m)
+    (answer,) = answered(
+        [question("seeds")],
+        lambda m, eps: None if "seed2" in (m.victim_arm, m.source_arm) else whole(m, eps),
     )
     assert answer.findings == ()
     assert set(answer.missing) == {c.label for c in answer.question.contrasts}
@@ -112,7 +142,7 @@ def test_the_files_say_the_same_and_are_the_same_bytes_every_time() -> None:
     measured = planted(lambda meeting: 0.6 if meeting.source_arm == "no_clamp" else 0.5)
     texts = [
         (markdown_text(found, facts=FACTS), json_text(found, facts=FACTS))
-        for found in (answers(QUESTIONS, measured) for _ in range(2))
+        for found in (answered(ASKED, measured) for _ in range(2))
     ]
     assert texts[0] == texts[1]
     markdown, content = texts[0][0], json.loads(texts[0][1])
@@ -134,7 +164,7 @@ def test_a_verdict_agrees_with_its_interval(one: float, other: float, seed: int)
         (Contrast("c", tuple((m,) for m in theirs), tuple((m,) for m in meetings)),),
     )
     measured = planted(lambda m: one if m.source_arm == "no_clamp" else other, seed=seed)
-    (answer,) = answers([asked], measured)
+    (answer,) = answers([asked], measured, budgets=[10.0])
     (finding,) = answer.findings
     low, high = finding.difference.low, finding.difference.high
     assert (
