@@ -17,6 +17,7 @@ import numpy.typing as npt
 from harness.audit.questions import Contrast, Meeting, Question, Unit
 from harness.bootstrap import Estimate, difference
 from reports.inference import ALPHA, holm
+from reports.portable import portable
 from reports.words import p_value
 
 MARGIN = 0.05
@@ -255,4 +256,4 @@ def json_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
             for answer in found
         ],
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(portable(content), indent=1, ensure_ascii=False) + "\n"

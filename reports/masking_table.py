@@ -16,6 +16,7 @@ from harness.store import Store
 from reports.inference import ALPHA
 from reports.masking import number
 from reports.method import TextTable
+from reports.portable import portable
 from reports.signals import MaskingVerdict, Signal, masking_verdicts
 from reports.view import View
 from reports.words import DASH, interval, label_of, p_value, percent
@@ -98,7 +99,7 @@ def masking_json(view: View) -> list[dict[str, Any]]:
 
 def masking_text(view: View) -> str:
     """`masking.json`: one object a variant."""
-    return json.dumps(masking_json(view), indent=1) + "\n"
+    return json.dumps(portable(masking_json(view)), indent=1) + "\n"
 
 
 # --- beside the rows of the store -----------------------------------------------------------------
@@ -112,7 +113,7 @@ perturbation were measured; `uer_mean` and its 95 % interval are over all of the
 
 
 def derived_columns(view: View | None, rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
-    """Rows as plain values, in their order, each with `DERIVED_COLUMNS`."""
+    """Rows as plain portable values, in their order, each with `DERIVED_COLUMNS`."""
     words: dict[object, str] = {}
     if view is not None:
         for verdict in masking_verdicts(view):
@@ -134,7 +135,8 @@ def derived_columns(view: View | None, rows: Sequence[ResultRow]) -> list[dict[s
                 "uer_mean_high": group.uer.high if group else None,
             }
         )
-    return found
+    rounded: list[dict[str, Any]] = portable(found)
+    return rounded
 
 
 def rows_of(store: Store, rows: Sequence[ResultRow]) -> list[dict[str, Any]]:

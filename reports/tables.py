@@ -1,7 +1,7 @@
 """The files beside the page: CSV, JSON, Markdown, LaTeX.
 
-Enters: a `View` and its sentences. Leaves: text. CSV and JSON hold every row of the store with
-full precision; Markdown and LaTeX hold the tables a person copies.
+Enters: a `View` and its sentences. Leaves: text. CSV and JSON hold every row of the store to 12
+digits; Markdown and LaTeX hold the tables a person copies.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from reports.paper import figures
 from reports.paper.judging import Judged, judge
 from reports.paper.study import Cell, Fact, Study, facts, scale_text, study_of
 from reports.paper.wording import claim_texts, lead, tests_text
+from reports.portable import portable
 from reports.view import View
 from reports.words import clean_text
 
@@ -142,7 +143,7 @@ def _json(study: Study, judged: list[Judged]) -> str:
         ],
         "caveats": list(theirs.caveats),
     }  # fmt: skip
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(portable(content), indent=1, allow_nan=False) + "\n"
 
 
 def _beside(study: Study) -> dict[str, str] | None:

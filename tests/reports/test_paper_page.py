@@ -16,6 +16,7 @@ from reports.paper import figures
 from reports.paper.page import SECTIONS
 from reports.paper.study import facts, scale_text, study_of
 from reports.paper.values import paper
+from reports.portable import portable
 from reports.report import write_report
 from reports.selection import build_view
 from reports.words import NBSP
@@ -123,17 +124,15 @@ def test_every_number_of_the_json_is_the_rows_or_the_papers(svhn):
         row = rows.get((cell["variant"], cell["uap_source"], cell["eps"], None))
         theirs = published.transfer_uer[cell["eps"]][cell["variant"]][cell["uap_source"]]
         assert cell["paper"] == theirs
-        assert cell["here"] == (row.uer if row else None)
-        assert (cell["here_low"], cell["here_high"]) == (
-            (row.uer_low, row.uer_high) if row else (None, None)
-        )
+        rates = (row.uer, row.uer_low, row.uer_high) if row else (None, None, None)
+        assert [cell[key] for key in ("here", "here_low", "here_high")] == portable(rates)
         if row:
             measured += 1
             assert cell["difference"] == pytest.approx(row.uer - theirs)
     assert measured == 2 * 100
     for cell in data["tsr"]:
         row = rows[cell["variant"], cell["variant"], 10.0, cell["target"]]
-        assert (cell["here"], cell["here_low"]) == (row.tsr, row.tsr_low)
+        assert [cell["here"], cell["here_low"]] == portable([row.tsr, row.tsr_low])
     for cell in data["clean_error"]:
         row = rows[cell["variant"], None, None, None]
         assert cell["here"] == pytest.approx(1 - row.clean_accuracy)

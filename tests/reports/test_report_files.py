@@ -15,6 +15,7 @@ from harness.records import HarnessError
 from harness.results import result_rows
 from reports import tables, tradeoff
 from reports.masking_table import DERIVED_COLUMNS
+from reports.portable import portable
 from reports.report import write_report
 from reports.selection import build_view
 from tests.reports import synthetic
@@ -145,7 +146,7 @@ def own_uer(rows, source):
 
 
 def test_csv_and_json_give_the_rows_back(full):
-    expected = [asdict(row) for row in result_rows(full.store)]
+    expected = portable([asdict(row) for row in result_rows(full.store)])
     written = json.loads(full.paths.json.read_text())
     assert [{k: row[k] for k in expected[0]} for row in written] == expected
     assert {k for row in written for k in row} - set(expected[0]) == set(DERIVED_COLUMNS)
