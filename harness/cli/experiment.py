@@ -9,17 +9,19 @@ import click
 
 from harness.cli.options import (
     accelerator_option,
+    chosen_variants,
     data_dir_option,
     device_option,
     dry_run_option,
     json_option,
     make_context,
     time_limit_option,
+    variant_options,
     working_in,
     workspace_option,
 )
 from harness.cli.plan_table import print_plan
-from harness.records import PAPER_ORDER, UsageError
+from harness.records import UsageError
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -57,6 +59,7 @@ def init(preset: str | None, dataset: str | None, seed: int | None, root: Path) 
 @preset_option
 @dataset_option
 @seed_option
+@variant_options
 @device_option
 @workspace_option
 @accelerator_option
@@ -68,6 +71,8 @@ def run(
     preset: str | None,
     dataset: str | None,
     seed: int | None,
+    models: tuple[str, ...],
+    all_models: bool,
     device_name: str,
     root: Path,
     accelerator: str,
@@ -80,7 +85,8 @@ def run(
 
     In a folder without a harness.toml, writes one first (preset quickstart: the embedded digits,
     minutes on two cores). Interrupt it at will: the same command continues. Change harness.toml
-    and only what depends on the change is built again.
+    and only what depends on the change is built again. With --model, only those variants, what
+    they start from, and no fleet; a later run of all takes what is there.
 
     On an emulated device (--device rpi4), everything runs here, and each variant there on clean
     images and under its own perturbation, as many as five minutes allow.
@@ -88,6 +94,7 @@ def run(
     \b
     Examples:
       harness run
+      harness run --model full --model q4
       harness run --workspace svhn --preset paper --dataset svhn
       harness run --dataset photos.npz --workspace photos --dry-run
       harness run --workspace svhn --time-limit 9m          again and again, while it ends with 124
@@ -107,13 +114,14 @@ def run(
     context = make_context(
         workspace, accelerator=accelerator, data_dir=data_dir, time_limit_s=time_limit_s
     )
-    tasks = experiment_tasks(context, list(PAPER_ORDER), device)
+    variants = _variants(models, all_models)
+    tasks = experiment_tasks(context, variants, device)
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
     with working_in(workspace):
         context.build(tasks)
-        register_current(context, *experiment_files(context, list(PAPER_ORDER)))
+        register_current(context, *experiment_files(context, variants))
         with context.open_store() as store:
             # An emulated device has a sample, beside all that this machine evaluated.
             shown = None if device.emulated else device.name
@@ -128,6 +136,7 @@ def run(
 @preset_option
 @dataset_option
 @seed_option
+@variant_options
 @device_option
 @workspace_option
 @accelerator_option
@@ -137,6 +146,8 @@ def plan(
     preset: str | None,
     dataset: str | None,
     seed: int | None,
+    models: tuple[str, ...],
+    all_models: bool,
     device_name: str,
     root: Path,
     accelerator: str,
@@ -159,7 +170,12 @@ def plan(
     device = device_named(device_name)
     workspace = agreed_workspace(root, preset, dataset, seed)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
-    print_plan(context, experiment_tasks(context, list(PAPER_ORDER), device), as_json=as_json)
+    tasks = experiment_tasks(context, _variants(models, all_models), device)
+    print_plan(context, tasks, as_json=as_json)
+
+
+def _variants(models: tuple[str, ...], all_models: bool) -> list[str]:
+    return chosen_variants(models, all_models or not models)
 
 
 def _configuration(root: Path, preset: str | None, dataset: str | None, seed: int | None) -> Config:

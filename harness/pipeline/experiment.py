@@ -43,7 +43,7 @@ from harness.records import (
     trained_for,
     variant_named,
 )
-from harness.sources import is_source, members
+from harness.sources import FLEET, is_source, members
 from harness.workspace import UapName, parse_uap_name
 
 LatencyMode = Literal["none", "quick", "full"]
@@ -61,15 +61,23 @@ def ordered(names: list[str]) -> list[str]:
 
 
 def all_uap_names(context: Context, variants: list[str]) -> list[UapName]:
-    """Every perturbation of the experiment, a source's after one another, controls first."""
+    """Every perturbation of the experiment, a source's after one another, controls first.
+
+    The fleet is all ten variants: an experiment with fewer has none.
+    """
     names = control_names(context)
     for source in variants:
         names += white_box_names(context, source) + targeted_names(context, source)
         names += gradient_free_names(context, source)
-    names += fleet_names(context)
-    for victim in variants:
-        names += leave_one_out_names(context, victim)
+    if _is_fleet(variants):
+        names += fleet_names(context)
+        for victim in variants:
+            names += leave_one_out_names(context, victim)
     return names
+
+
+def _is_fleet(variants: list[str]) -> bool:
+    return set(members(FLEET)) <= set(variants)
 
 
 def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list[UapName]:
@@ -81,7 +89,8 @@ def victim_uap_names(context: Context, victim: str, variants: list[str]) -> list
     names = control_names(context) + white_box_names(context, victim)
     for source in variants:
         names += transfer_names(context, source) if source != victim else []
-    names += fleet_names(context) + leave_one_out_names(context, victim)
+    if _is_fleet(variants):
+        names += fleet_names(context) + leave_one_out_names(context, victim)
     return names + targeted_names(context, victim) + gradient_free_names(context, victim)
 
 

@@ -243,6 +243,32 @@ def test_a_second_run_builds_nothing(workspace: Path) -> None:
     assert table(workspace, "SELECT * FROM prediction_run") == stored
 
 
+def test_of_some_variants_only_what_they_need_and_no_fleet(empty: Path, tiny: Tiny) -> None:
+    plan = ("plan", "--model", "pp3", "--model", "q4", "--json")
+    planned = {row["task"] for row in json.loads(succeeded(harness(*plan, cwd=empty)).out)}
+    assert artefacts(empty) == {}
+    outcome = succeeded(harness("run", "--model", "pp3", "--model", "q4", cwd=empty))
+    assert outcome.out == "report/index.html\n"
+    done = {line.partition(":")[0] for line in outcome.err.splitlines() if ": " in line}
+    assert {name for name in planned if name.startswith(("train", "export", "attack"))} <= done
+    # Both start from Full, which is trained for them, and neither exported nor attacked.
+    expected = {
+        "full.pt",
+        *(f"{v}{end}" for v in ("pp3", "q4") for end in (".pt", ".onnx", ".json")),
+    }
+    expected |= {f"{s}_eps{e}.pt" for s in ("pp3", "q4", *CONTROLS) for e in EPS}
+    expected |= {f"{v}_eps10_t{t}.pt" for v in ("pp3", "q4") for t in TARGETS}
+    expected |= {f"{v}_eps10_spsa.pt" for v in ("pp3", "q4")}
+    made = artefacts(empty)
+    assert set(made) == expected
+    files = json.loads((empty / "report" / "results.json").read_text())
+    assert {row["variant"] for row in files} == {"pp3", "q4"}
+    # The same files as of a run of all: that takes them as they are.
+    whole = contents(artefacts(tiny.root))
+    same = {name for name in made if name.endswith(".pt")}
+    assert {name: contents(made)[name] for name in same} == {name: whole[name] for name in same}
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_side_by_side_or_one_by_one_the_bytes_are_the_same(
     jobs: int,
