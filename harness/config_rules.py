@@ -108,6 +108,8 @@ def check(config: Config, where: str) -> None:
     need(craft.beta > 0, "craft.beta", craft.beta, "above 0")
     need(config.export.align >= 1, "export.align", config.export.align, "at least 1")
     need(config.eval.images >= 0, "eval.images", config.eval.images, "at least 0 (0: all)")
+    device_images = config.eval.device_images
+    need(device_images >= 0, "eval.device_images", device_images, "at least 0 (0: all)")
     for section, values in (("eval", config.eval), ("latency", config.latency)):
         need(1 <= values.threads <= 256, f"{section}.threads", values.threads, "from 1 to 256")
     need(config.eval.batch_size >= 1, "eval.batch_size", config.eval.batch_size, "at least 1")

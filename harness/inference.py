@@ -5,7 +5,9 @@ Enters: a model in eval mode, uint8 images, an 8-bit perturbation. Leaves: class
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import threading
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,9 @@ import torch
 from torch import nn
 
 from harness.records import Machine
+
+_ON_GPU = threading.Lock()
+"""What a GPU computes with is set for the whole process, and models are evaluated side by side."""
 
 
 @torch.inference_mode()
@@ -34,8 +39,9 @@ def predict(
         batch_size: images at a time.
     """
     predictions: list[npt.NDArray[np.int64]] = []
+    alone = _ON_GPU if device.type == "cuda" else contextlib.nullcontext()
     # A GPU's TF32 would make PyTorch the less exact side of the comparison.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with alone, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         delta = None if delta_255 is None else torch.from_numpy(delta_255).to(device)
         for start in range(0, len(images), batch_size):
             pixels = torch.from_numpy(images[start : start + batch_size]).to(device)

@@ -29,10 +29,17 @@ class Budget:
     """Time inside the evaluation, set-up excluded; over all commands that add to the sample."""
     until_ci: float | None = None
     """Half-width of the UER's 95 % interval that is precise enough, in percentage points."""
+    images: int | None = None
+    """So many are enough: the head of the order."""
 
     @property
     def limited(self) -> bool:
+        """Whether it depends on how the measurement goes when it ends."""
         return self.seconds is not None or self.until_ci is not None
+
+    def of(self, images: int) -> int:
+        """How many of so many images are evaluated at most."""
+        return images if self.images is None else min(images, self.images)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ def behind(
         budget: of all of them together; its interval is the caller's to judge.
     """
     least = min(leads)
-    if least == images:
+    if least >= budget.of(images):
         return []
     last = [i for i, at in enumerate(leads) if at == least]
     return last if least == 0 or seconds_left(leads, seconds, last, budget=budget) >= 0 else []

@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> None:
     """Print every task with its state; builds nothing."""
-    from harness.pipeline.context import jobs_for
-    from harness.pipeline.estimate import elapsed_work, seconds_per_forward
+    from harness.pipeline.estimate import elapsed_seconds, measured_rates
 
-    per_forward = seconds_per_forward(context)
-    jobs = jobs_for(context.accelerator)
+    rates = measured_rates(context)
     states = [(task, task.is_done()) for task in tasks]
     if as_json:
         rows = [
@@ -32,7 +30,7 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
                 "stage": task.stage,
                 "task": task.name,
                 "cached": done,
-                "estimated_seconds": None if done else round(task.work * per_forward, 1),
+                "estimated_seconds": None if done else round(rates.seconds(task), 1),
             }
             for task, done in states
         ]
@@ -43,7 +41,7 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
     for stage in dict.fromkeys(task.stage for task in tasks):
         of_stage = [(task, done) for task, done in states if task.stage == stage]
         missing = [task for task, done in of_stage if not done]
-        seconds = elapsed_work(missing, jobs=jobs) * per_forward
+        seconds = elapsed_seconds(missing, rates.seconds, jobs=context.jobs)
         total += seconds
         table.add_row(
             stage,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from harness.pipeline.tasks import Task
+from harness.pipeline.tasks import FORWARDS_PER_SECOND, Task
 
 MIN_SHARE_FOR_ESTIMATE = 0.005
 """Before this much of the work is done, the time left would be a guess from one slow start."""
@@ -23,14 +23,15 @@ PLAIN_INTERVAL_SECONDS = 15.0
 class ConsoleReporter:
     """Tells a person what is going on, how long it took, and how long it will take.
 
-    The time left is the work left over the rate so far; work is estimated in forward passes of
-    one image, so it is rough at first and settles as tasks finish.
+    The time left is the work left over the rate so far, and what takes its seconds on any machine;
+    work is estimated in forward passes of one image, so it is rough at first and settles as tasks
+    finish.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tasks: list[Task] = []
-        self._done_work = 0.0
+        self._done: list[Task] = []
         self._fractions: dict[str, float] = {}
         """How far the running tasks are, by name."""
         self._began = self._last_line = 0.0
@@ -42,7 +43,7 @@ class ConsoleReporter:
     def begin(self, tasks: Sequence[Task]) -> None:
         """Show the bars, or start counting lines."""
         self._tasks = list(tasks)
-        self._done_work = 0.0
+        self._done = []
         self._fractions, self._bars = {}, {}
         self._began = self._last_line = time.monotonic()
         self._cached = 0
@@ -83,7 +84,7 @@ class ConsoleReporter:
             self._tasks = [t for t in self._tasks if t is not task]
             return
         del self._fractions[task.name]
-        self._done_work += task.work
+        self._done.append(task)
         if self._progress is not None:
             self._progress.remove_task(self._bars.pop(task.name))
             self._show_overall()
@@ -110,21 +111,28 @@ class ConsoleReporter:
 
     def _show_overall(self) -> None:
         if self._progress is not None:
-            done, total = self._work()
-            share = done / total if total else 1.0
+            total = sum(task.size for task in self._tasks)
+            share = sum(task.size * done for task, done in self._so_far()) / total if total else 1.0
             self._progress.update(self._overall, completed=share, note=self._time_left())
 
-    def _work(self) -> tuple[float, float]:
-        """(done, in all)."""
-        running = sum(t.work * self._fractions.get(t.name, 0.0) for t in self._tasks)
-        return self._done_work + running, sum(t.work for t in self._tasks)
+    def _so_far(self) -> list[tuple[Task, float]]:
+        """Tasks that are done or running, and the fraction of each that is done."""
+        running = [(t, self._fractions[t.name]) for t in self._tasks if t.name in self._fractions]
+        return [(task, 1.0) for task in self._done] + running
 
     def _time_left(self) -> str:
-        done, total = self._work()
-        spent = time.monotonic() - self._began
-        if done < MIN_SHARE_FOR_ESTIMATE * total or spent < 1.0 or total <= done:
+        spent, so_far = time.monotonic() - self._began, self._so_far()
+        total = sum(task.size for task in self._tasks)
+        if sum(task.size * done for task, done in so_far) < MIN_SHARE_FOR_ESTIMATE * total:
             return ""
-        return f"about {duration((total - done) * spent / done)} left"
+        timed = sum(task.seconds * done for task, done in so_far)
+        work = sum((task.work + task.core_work) * done for task, done in so_far)
+        timed_left = sum(task.seconds for task in self._tasks) - timed
+        work_left = sum(task.work + task.core_work for task in self._tasks) - work
+        # Until some work was done, nobody knows its rate.
+        rate = work / (spent - timed) if work > 0 and spent > timed else FORWARDS_PER_SECOND
+        left = timed_left + work_left / rate
+        return f"about {duration(left)} left" if spent >= 1.0 and left > 0 else ""
 
 
 def duration(seconds: float) -> str:

@@ -207,7 +207,12 @@ class Audit:
                     # Whole paths: this arm's own file of the same name is another.
                     paths.append(str(self.arm(meeting.source_arm).workspace.uap(uap).absolute()))
             tasks += attack_tasks(
-                context, variants=[victim], onnx_files=[], uaps=paths, device=LocalDevice()
+                context,
+                variants=[victim],
+                onnx_files=[],
+                uaps=paths,
+                device=LocalDevice(),
+                device_images=0,  # contrasts pair images: all of them, or there are none to pair
             )[0]
         return _named_by(arm, tasks)
 

@@ -111,7 +111,7 @@ def _train_task(context: Context, variant: Variant) -> Task:
         work=TRAIN_COST[variant.method] * epochs * len(context.data.train),
         is_done=lambda: valid_checkpoint(context, variant),
         run=lambda progress: _train(context, variant, progress),
-        side_by_side=True,
+        beside="accelerator",
         after=(task_name(parent),) if parent else (),
     )
 

@@ -20,7 +20,7 @@ from harness.artefacts import sha256_file
 from harness.config import Config
 from harness.data.dataset import Dataset, load_dataset
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.tasks import Deadline, Reporter, Silent, Task, run_tasks
+from harness.pipeline.tasks import Deadline, Reporter, Shared, Silent, Task, run_tasks
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
 from harness.workspace import Workspace
@@ -33,6 +33,8 @@ TRAIN_THREADS = 1
 """The same for training: small models train faster side by side than over several cores."""
 MAX_JOBS = 4
 """Models trained side by side at most: each takes memory."""
+MAX_EVALUATIONS = 10
+"""Exported models evaluated side by side at most, of as many as there are variants."""
 
 
 @dataclass
@@ -87,8 +89,15 @@ class Context:
 
     def build(self, tasks: Sequence[Task]) -> int:
         """Run what is not done yet, side by side where that pays. Returns how many were run."""
-        jobs = jobs_for(self.accelerator)
-        return run_tasks(tasks, self.reporter, jobs=jobs, deadline=self.deadline)
+        return run_tasks(tasks, self.reporter, jobs=self.jobs, deadline=self.deadline)
+
+    @property
+    def jobs(self) -> dict[Shared, int]:
+        """How many tasks run side by side, by what they share."""
+        return {
+            "accelerator": jobs_for(self.accelerator),
+            "cores": max(1, min(MAX_EVALUATIONS, cores() // TRAIN_THREADS)),
+        }
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -184,10 +193,13 @@ def jobs_for(accelerator: torch.device) -> int:
     """How many models are trained side by side: one on a GPU, else what the cores allow."""
     if accelerator.type != "cpu":
         return 1
-    # Linux says which cores are ours; elsewhere all are.
+    return max(1, min(MAX_JOBS, cores() // (_omp_num_threads() or TRAIN_THREADS)))
+
+
+def cores() -> int:
+    """Cores this process may use: Linux says which are ours; elsewhere all are."""
     allowed = getattr(os, "sched_getaffinity", None)
-    cores = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
-    return max(1, min(MAX_JOBS, cores // (_omp_num_threads() or TRAIN_THREADS)))
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def _omp_num_threads() -> int:

@@ -1,27 +1,49 @@
-"""How long work will take here: one short measurement, times the tasks' estimated work.
+"""How long work will take here: two short measurements, times the tasks' estimated work.
 
-Enters: a context. Leaves: seconds per forward pass of one image. An estimate, said to be one.
+Enters: a context. Leaves: seconds of a forward pass of one image where PyTorch runs, and on one
+core of the processor, where exported models run whatever PyTorch has. An estimate, said to be one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, build_model
-from harness.pipeline.context import Context
-from harness.pipeline.tasks import Task
+from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
+from harness.pipeline.tasks import Shared, Task
 
 BATCH = 64
 REPETITIONS = 5
 
 
-def seconds_per_forward(context: Context) -> float:
-    """Median time of one image's forward pass through the configured model, measured now."""
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one image's forward pass through the configured model."""
+
+    accelerator: float
+    core: float
+
+    def seconds(self, task: Task) -> float:
+        """What a task takes, alone on what it needs."""
+        return task.work * self.accelerator + task.core_work * self.core + task.seconds
+
+
+def measured_rates(context: Context) -> Rates:
+    """Median times, measured now; on a CPU both are of one core."""
+    use_cpu_threads(TRAIN_THREADS)
+    core = _seconds_per_forward(context, torch.device("cpu"))
+    if context.accelerator.type == "cpu":
+        return Rates(core, core)
+    return Rates(_seconds_per_forward(context, context.accelerator), core)
+
+
+def _seconds_per_forward(context: Context, device: torch.device) -> float:
     config, data = context.config, context.data
     spec = ModelSpec(
         arch=config.arch,
@@ -31,9 +53,9 @@ def seconds_per_forward(context: Context) -> float:
         mean_255=data.mean_255,
         std_255=data.std_255,
     )
-    model = fold(build_model(spec, seed=0).eval()).to(context.accelerator)
+    model = fold(build_model(spec, seed=0).eval()).to(device)
     batch = min(BATCH, len(data.train))
-    pixels = torch.from_numpy(data.train.images[:batch]).float().to(context.accelerator)
+    pixels = torch.from_numpy(data.train.images[:batch]).float().to(device)
     seconds = []
     with torch.inference_mode():
         for _ in range(REPETITIONS + 1):  # the first warms up
@@ -43,18 +65,28 @@ def seconds_per_forward(context: Context) -> float:
     return float(np.median(seconds[1:])) / batch
 
 
-def elapsed_work(tasks: Sequence[Task], *, jobs: int) -> float:
-    """Forward passes until all are done: those that run side by side share the cores.
+def elapsed_seconds(
+    tasks: Sequence[Task], cost: Callable[[Task], float], *, jobs: Mapping[Shared, int]
+) -> float:
+    """Time until all are done: those that run side by side share what they run on.
 
     Tasks beside each other end no sooner than the longest chain of those that wait for another,
     and no sooner than all of them spread evenly.
+
+    Args:
+        tasks: in the order of `run_tasks`.
+        cost: seconds of a task.
+        jobs: as of `run_tasks`.
     """
-    beside = {task.name: task for task in tasks if task.side_by_side}
-    in_turn = sum(task.work for task in tasks if not task.side_by_side)
+    total = sum(cost(task) for task in tasks if task.beside is None)
+    for shared in {task.beside for task in tasks if task.beside is not None}:
+        beside = {task.name: task for task in tasks if task.beside == shared}
 
-    def chain(task: Task) -> float:
-        waits = [chain(beside[name]) for name in task.after if name in beside]
-        return task.work + max(waits, default=0.0)
+        def chain(task: Task, beside: dict[str, Task] = beside) -> float:
+            waits = [chain(beside[name]) for name in task.after if name in beside]
+            return cost(task) + max(waits, default=0.0)
 
-    longest = max((chain(task) for task in beside.values()), default=0.0)
-    return in_turn + max(longest, sum(task.work for task in beside.values()) / jobs)
+        longest = max(chain(task) for task in beside.values())
+        evenly = sum(cost(task) for task in beside.values()) / jobs.get(shared, 1)
+        total += max(longest, evenly)
+    return total

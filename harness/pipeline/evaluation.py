@@ -24,20 +24,17 @@ from harness.pipeline.context import (
     CPU_THREADS,
     TRAIN_THREADS,
     Context,
-    jobs_for,
     use_cpu_threads,
 )
 from harness.pipeline.exports import model_record
 from harness.pipeline.on_device import Sample, sample_on_device
-from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.tasks import FORWARDS_PER_SECOND, Progress, Task
 from harness.records import ModelRecord, PredictionRun, UapRecord
 from harness.sampling import Budget, RunKey, by_machine, sample_order
 from harness.store import Store
 
-FORWARDS_PER_SECOND = 1000.0
-"""Turns a budget's seconds into the unit of work; corrected as tasks finish."""
-EVALUATE_COST = 1.5
-"""Forward passes per image: PyTorch's, and onnxruntime's at about half of one."""
+DEVICE_COST = 0.5
+"""Of onnxruntime's forward pass on one core, in PyTorch's."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,23 @@ def register(
 
 
 def budget_for(
-    device: Device, models: int, *, seconds: float | None = None, until_ci: float | None = None
+    device: Device,
+    models: int,
+    *,
+    images: int | None = None,
+    seconds: float | None = None,
+    until_ci: float | None = None,
 ) -> Budget:
     """Each model's equal share of what the user allows, by default of what the device does.
 
-    An interval to reach has no time limit unless one is given, too.
+    An interval to reach has no time limit unless one is given, too; and what the command asks for
+    goes before the number of images that the configuration has.
     """
-    if seconds is None and until_ci is None:
+    if seconds is not None or until_ci is not None:
+        images = None
+    else:
         seconds = device.default_budget_s
-    return Budget(None if seconds is None else seconds / max(1, models), until_ci)
+    return Budget(None if seconds is None else seconds / max(1, models), until_ci, images)
 
 
 def evaluate_task(
@@ -110,11 +115,14 @@ def evaluate_task(
 ) -> Task:
     """Evaluate one victim, clean and under each UAP, on the device and in PyTorch.
 
-    Whole sets on this machine are evaluated side by side, each on one thread: small models are
-    faster so. A board has one runner, and a time budget is of a machine that does nothing else.
+    On this machine models are evaluated side by side, each on one thread: small models are faster
+    so, and where PyTorch has a GPU the cores have nothing else to do. A board has one runner, and
+    a time budget is of a machine that does nothing else.
     """
     beside = device.name == "local" and not budget.limited
     threads = threads_for(context) if beside else None
+    whole = 1 + len(uap_paths)
+    cost = _Cost.of(whole, whole, images=len(context.data.evaluation), budget=budget)
 
     def is_done() -> bool:
         if not victim.onnx.exists() or any(not path.exists() for path in uap_paths):
@@ -125,26 +133,48 @@ def evaluate_task(
             plan = _plan(context, store, victim, uap_paths, device, budget)
         return not plan.in_torch and plan.finished
 
-    images = len(context.data.evaluation)
-    work = EVALUATE_COST * (1 + len(uap_paths)) * images
-    if budget.seconds is not None:
-        work = min(work, work / 2 + budget.seconds * FORWARDS_PER_SECOND)
     return Task(
         stage="evaluate",
         name=f"attack {victim.name} on {device.name}",
-        work=work,
+        work=cost.in_torch,
+        core_work=cost.on_cores,
+        seconds=cost.seconds,
         is_done=is_done,
         run=lambda progress: evaluate(
             context, victim, uap_paths, device, budget, progress, threads=threads
         ),
-        side_by_side=beside,
+        beside="cores" if beside else None,
         after=tuple(f"craft {path.stem}" for path in uap_paths),
     )
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """Of one model's evaluation, in the units of `Task`."""
+
+    in_torch: float
+    on_cores: float
+    seconds: float
+
+    @staticmethod
+    def of(in_torch: int, on_device: int, *, images: int, budget: Budget) -> _Cost:
+        """Of so many conditions in PyTorch, on all images, and on the device, within the budget."""
+        on_cores = DEVICE_COST * on_device * budget.of(images)
+        if budget.seconds is None:
+            return _Cost(in_torch * images, on_cores, 0.0)
+        # A budget is a limit: on a fast device all images take less.
+        seconds = min(budget.seconds, on_cores / FORWARDS_PER_SECOND)
+        return _Cost(in_torch * images, 0.0, seconds)
+
+    @property
+    def share_in_torch(self) -> float:
+        total = self.in_torch + self.on_cores + FORWARDS_PER_SECOND * self.seconds
+        return self.in_torch / total if total else 0.0
+
+
 def threads_for(context: Context) -> int | None:
     """Threads of each of several victims on this machine; None where they come one by one."""
-    return TRAIN_THREADS if jobs_for(context.accelerator) > 1 else None
+    return TRAIN_THREADS if context.jobs["cores"] > 1 else None
 
 
 def evaluate(
@@ -175,8 +205,13 @@ def evaluate(
         register(context, store, [victim], attacks)
         by_sha256 = {attack.record.sha256: attack for attack in attacks}
         plan = _plan(context, store, victim, uap_paths, device, budget)
-        whole = 1 + len(uap_paths)
-        on_torch = len(plan.in_torch) / (whole + len(plan.in_torch))
+        cost = _Cost.of(
+            len(plan.in_torch),
+            1 + len(uap_paths),
+            images=len(context.data.evaluation),
+            budget=budget,
+        )
+        on_torch = cost.share_in_torch
         # PyTorch first: what it says of the whole set makes the device's sample say more.
         if plan.in_torch:
             meter = _Meter(len(plan.in_torch), lambda done, note: progress(done * on_torch, note))

@@ -106,11 +106,13 @@ def experiment_tasks(context: Context, variants: list[str], device: Device) -> l
     tasks += craft_tasks(context, all_uap_names(context, variants))
     main = LocalDevice() if device.emulated else device
     victims = [variant_victim(context, name) for name in variants]
+    images = context.config.eval.device_images or None
+    budget = budget_for(main, len(variants), images=images)
     for victim in victims:
         uaps = [context.workspace.uap(u) for u in victim_uap_names(context, victim.name, variants)]
-        tasks.append(evaluate_task(context, victim, uaps, main, budget_for(main, len(variants))))
+        tasks.append(evaluate_task(context, victim, uaps, main, budget))
     if device.emulated:
-        budget = budget_for(device, len(variants))
+        budget = budget_for(device, len(variants), images=images)
         for victim in victims:
             own = context.workspace.uap(transfer_name(context, victim.name))
             tasks.append(evaluate_task(context, victim, [own], device, budget))
@@ -143,6 +145,7 @@ def attack_tasks(
     until_ci: float | None = None,
     latency: LatencyMode = "none",
     instructions: bool = False,
+    device_images: int | None = None,
 ) -> tuple[list[Task], list[Victim], list[Path]]:
     """Attack some victims on a device with the UAPs the user named, building what is missing.
 
@@ -156,6 +159,8 @@ def attack_tasks(
         until_ci: half-width in percentage points of the UER's interval that is enough.
         latency: whether, and how long, to time the victims afterwards.
         instructions: whether to count those of one inference, on an emulated device.
+        device_images: how many images to run on the device where nothing limits it; 0: all; None:
+            as configured.
 
     Returns:
         (tasks, victims, UAP files in the order given).
@@ -188,7 +193,10 @@ def attack_tasks(
     victims = [variant_victim(context, name) for name in variants]
     victims += [Victim(path.stem, path, None) for path in onnx_files]
     paths = [path for _, path in located]
-    budget = budget_for(device, len(victims), seconds=budget_s, until_ci=until_ci)
+    images = context.config.eval.device_images if device_images is None else device_images
+    budget = budget_for(
+        device, len(victims), images=images or None, seconds=budget_s, until_ci=until_ci
+    )
     tasks += [evaluate_task(context, victim, paths, device, budget) for victim in victims]
     if latency != "none":
         tasks.append(latency_task(context, victims, device, uap=paths[0], mode=latency))

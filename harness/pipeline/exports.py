@@ -141,7 +141,8 @@ def _export_task(context: Context, variant: Variant | Derived, *, compat: bool) 
     return Task(
         stage="export",
         name=f"export {_path(context, variant, compat=compat).stem}",
-        work=EXPORT_FORWARDS,
+        work=0.0,
+        core_work=EXPORT_FORWARDS,
         is_done=lambda: valid_export(context, variant, compat=compat) is not None,
         run=lambda progress: _export(context, variant, progress, compat=compat),
     )

@@ -32,7 +32,8 @@ def instructions_task(context: Context, victims: Sequence[Victim], device: Devic
     return Task(
         stage="instructions",
         name=f"count instructions on {device.name}",
-        work=FORWARDS_PER_MODEL * len(victims),
+        work=0.0,
+        core_work=FORWARDS_PER_MODEL * len(victims),
         is_done=lambda: not _missing(context, victims, device),
         run=lambda progress: _count(context, victims, device, progress),
     )

@@ -24,8 +24,6 @@ OVERHEAD_SECONDS = 1.0
 """To start a process and load a model, per repetition."""
 MAX_RESTARTS = 2
 """How often a device may be rebooted while it is measured."""
-FORWARDS_PER_SECOND = 1000.0
-"""Turns the protocol's fixed seconds into the unit of work; corrected as tasks finish."""
 
 
 def latency_settings(context: Context, mode: str | None = None) -> LatencySettings:
@@ -56,7 +54,8 @@ def latency_task(
     return Task(
         stage="latency",
         name=f"latency on {device.name} ({settings.mode})",
-        work=settings.processes * seconds * len(victims) * FORWARDS_PER_SECOND,
+        work=0.0,
+        seconds=settings.processes * seconds * len(victims),
         is_done=lambda: _rounds_done(context, victims, device, settings) >= settings.processes,
         run=lambda progress: _measure(context, victims, device, uap, settings, progress),
     )

@@ -238,7 +238,7 @@ def _advance(
     progress: Progress,
 ) -> None:
     batch_size, limited = context.config.eval.batch_size, sample.budget.limited
-    images, size, rate = sample.labels.size, 0, 0.0
+    images, size, rate = sample.budget.of(sample.labels.size), 0, 0.0
     while uaps := sample.behind():
         leads = sample.leads
         start = min(leads)
@@ -279,7 +279,8 @@ def _next_size(
 
 def _fraction(sample: Sample) -> float:
     """How far it is: in images, or in time where that is spent first."""
-    done = sum(sample.leads) / (sample.labels.size * len(sample.uaps))
+    wanted = sample.budget.of(sample.labels.size)
+    done = sum(min(at, wanted) for at in sample.leads) / (wanted * len(sample.uaps))
     if sample.budget.seconds is not None:
         done = max(done, sum(sample.seconds.values()) / sample.budget.seconds)
     return min(1.0, done)

@@ -16,15 +16,19 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from harness.records import TimeLimitReached
 
 Progress = Callable[[float, str], None]
 """(fraction done, note)."""
+Shared = Literal["accelerator", "cores"]
+"""What tasks beside each other share: where PyTorch runs, or the processor's cores."""
+FORWARDS_PER_SECOND = 1000.0
+"""Turns seconds into work while nothing was measured; corrected as tasks finish."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,23 @@ class Task:
     name: str
     """What the user sees: "train sfp"."""
     work: float
-    """Estimated cost in forward passes of one image; only ratios matter."""
+    """Estimated cost where PyTorch runs, in forward passes of one image."""
     is_done: Callable[[], bool]
     run: Callable[[Progress], None]
     """Builds it, telling how far it is."""
-    side_by_side: bool = False
-    """Whether it may run beside its neighbours in the list that may, too."""
+    beside: Shared | None = None
+    """It may run beside its neighbours in the list that share the same; None: alone."""
     after: tuple[str, ...] = ()
     """Names of tasks beside it whose artefacts it needs."""
+    core_work: float = 0.0
+    """What it costs besides, in PyTorch's forward passes of one image on one core."""
+    seconds: float = 0.0
+    """What it takes besides on any machine: a protocol's, or a budget."""
+
+    @property
+    def size(self) -> float:
+        """All of it in one number, for shares; only ratios matter."""
+        return self.work + self.core_work + FORWARDS_PER_SECOND * self.seconds
 
 
 class Reporter(Protocol):
@@ -101,7 +114,11 @@ class Deadline:
 
 
 def run_tasks(
-    tasks: Sequence[Task], reporter: Reporter, *, jobs: int = 1, deadline: Deadline | None = None
+    tasks: Sequence[Task],
+    reporter: Reporter,
+    *,
+    jobs: Mapping[Shared, int] | None = None,
+    deadline: Deadline | None = None,
 ) -> int:
     """Run what is not done yet. Returns how many tasks were run.
 
@@ -110,7 +127,7 @@ def run_tasks(
     Args:
         tasks: in an order that respects their dependencies.
         reporter: told from one thread at a time.
-        jobs: how many tasks may run side by side.
+        jobs: how many tasks that share something may run side by side; one unless said.
         deadline: when to stop; no task starts, and none goes on, after it.
 
     Raises:
@@ -121,8 +138,9 @@ def run_tasks(
     far: dict[str, float] = {}
     reporter.begin(tasks)
     try:
-        for beside, group in itertools.groupby(tasks, key=lambda task: task.side_by_side):
-            ran += _Crew(reporter, jobs if beside else 1, deadline, far).run(list(group))
+        for shared, group in itertools.groupby(tasks, key=lambda task: task.beside):
+            crew = 1 if shared is None or jobs is None else jobs.get(shared, 1)
+            ran += _Crew(reporter, crew, deadline, far).run(list(group))
     except TimeLimitReached:
         left = sum(not task.is_done() for task in tasks)
         running = ", ".join(f"{name} at {100 * part:.0f} %" for name, part in far.items())
@@ -209,4 +227,4 @@ class _Crew:
 def _chain_work(task: Task, tasks: list[Task]) -> float:
     """Work of the longest chain of tasks that starts with this one."""
     following = (t for t in tasks if task.name in t.after)
-    return task.work + max((_chain_work(t, tasks) for t in following), default=0.0)
+    return task.size + max((_chain_work(t, tasks) for t in following), default=0.0)

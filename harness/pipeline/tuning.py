@@ -45,7 +45,8 @@ def tune_tasks(context: Context, names: list[str]) -> list[Task]:
         Task(
             stage="export",
             name=f"tune {name}",
-            work=TUNE_FORWARDS,
+            work=0.0,
+            core_work=TUNE_FORWARDS,
             is_done=lambda: False,
             run=lambda progress, name=name: _tune(context, name, progress),  # type: ignore[misc]
         )

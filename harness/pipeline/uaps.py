@@ -84,7 +84,7 @@ def _control_task(context: Context, name: UapName) -> Task:
         work=0.0,
         is_done=lambda: valid_uap(context, name),
         run=lambda _progress: _make_control(context, name),
-        side_by_side=True,
+        beside="accelerator",
     )
 
 
@@ -118,7 +118,7 @@ class _Pass:
                 # What this very pass made was not there before: its task is run, in no time.
                 is_done=lambda: name.stem not in self._made and valid_uap(context, name),
                 run=self._run,
-                side_by_side=True,
+                beside="accelerator",
                 after=(*trained, *before),
             )
 

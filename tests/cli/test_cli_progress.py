@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from rich.console import Console
@@ -62,6 +62,24 @@ def test_one_long_task_says_how_far_it_is(clock: Clock) -> None:
     assert len(lines) == 100 // 16 + 1
     assert lines[0] == "  train full: 16%, step 16; about 84 s left"
     assert lines[-1] == "train full: 100.0 s"
+
+
+def test_what_takes_its_seconds_anywhere_is_not_left_by_the_rate_of_other_work(
+    clock: Clock,
+) -> None:
+    """Work runs at 10,000 forward passes a second; a device has five minutes, whatever that is."""
+    work = replace(lasting(clock, "train", "full", seconds=20.0, steps=10), work=200_000.0)
+    budget = replace(
+        lasting(clock, "evaluate", "on rpi4", seconds=300.0, steps=100), work=0.0, seconds=300.0
+    )
+    lines = said([work, budget])
+    assert lines[0] == "  train full: 80%, step 8; about 5 min left"  # 4 s and 300 s
+    assert lines[1] == "train full: 20.0 s; about 5 min left"
+    for line in lines[2:-1]:
+        found = re.search(r"(\d+)%.* about (\d+) (s|min) left$", line)
+        assert found, line
+        seconds = int(found[2]) * (60 if found[3] == "min" else 1)
+        assert seconds == pytest.approx(300 - 3 * int(found[1]), abs=31)
 
 
 def test_what_is_cached_is_one_line(clock: Clock) -> None:

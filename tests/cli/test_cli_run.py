@@ -243,6 +243,39 @@ def test_a_second_run_builds_nothing(workspace: Path) -> None:
     assert table(workspace, "SELECT * FROM prediction_run") == stored
 
 
+def test_a_sample_on_the_device_and_then_all(workspace: Path) -> None:
+    """eval.device_images: PyTorch sees every image, exported models some, and later the rest."""
+    config = workspace / "harness.toml"
+    whole = config.read_text()
+    assert "images = 100" in whole
+    (workspace / "results.db").unlink()
+    config.write_text(whole.replace("images = 100", "images = 100\ndevice_images = 40"))
+    command = ("run", "--model", "full", "--model", "q4")
+    assert succeeded(harness(*command, cwd=workspace)).out == "report/index.html\n"
+    rows = json.loads(succeeded(harness("results", "--json", cwd=workspace)).out)
+    seen = {(row["runtime"], row["n"], row["n_of"]) for row in rows}
+    assert seen == {("torch", 100, 100), ("onnxruntime", 40, 100)}
+    # PyTorch and the device agree on these images: what PyTorch says of all is what is reported.
+    torch_uer = {
+        (row["variant"], row["uap_sha256"]): row["uer"] for row in rows if row["runtime"] == "torch"
+    }
+    attacked = [r for r in rows if r["runtime"] == "onnxruntime" and r["uap_sha256"] is not None]
+    assert len(attacked) == len(torch_uer) - 2
+    for row in attacked:
+        assert row["torch_agreement"] == 1.0
+        assert row["uer_corrected"] == pytest.approx(torch_uer[row["variant"], row["uap_sha256"]])
+        assert row["uer_corrected_low"] <= row["uer_corrected"] <= row["uer_corrected_high"]
+    again = succeeded(harness(*command, cwd=workspace)).err.splitlines()
+    assert again[-1].endswith("not built again")
+    config.write_text(whole)
+    runs = len(table(workspace, "SELECT id FROM prediction_run"))
+    succeeded(harness(*command, cwd=workspace))
+    rows = json.loads(succeeded(harness("results", "--json", cwd=workspace)).out)
+    assert {(row["runtime"], row["n"]) for row in rows} == {("torch", 100), ("onnxruntime", 100)}
+    added = table(workspace, "SELECT * FROM prediction_run")[runs:]
+    assert len(added) == len(attacked) + 2, "PyTorch's runs are not made again"
+
+
 def test_of_some_variants_only_what_they_need_and_no_fleet(empty: Path, tiny: Tiny) -> None:
     plan = ("plan", "--model", "pp3", "--model", "q4", "--json")
     planned = {row["task"] for row in json.loads(succeeded(harness(*plan, cwd=empty)).out)}

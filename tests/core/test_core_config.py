@@ -185,6 +185,7 @@ def test_a_wrong_type_is_named_with_its_value(values: dict[str, Any], named: str
         ({"craft": {"beta": -8}}, "craft.beta = -8.0"),
         ({"export": {"align": 0}}, "export.align = 0"),
         ({"eval": {"images": -1}}, "eval.images = -1"),
+        ({"eval": {"device_images": -1}}, "eval.device_images = -1"),
         ({"eval": {"threads": 0}}, "eval.threads = 0"),
         ({"eval": {"batch_size": 0}}, "eval.batch_size = 0"),
         ({"latency": {"threads": 257}}, "latency.threads = 257"),

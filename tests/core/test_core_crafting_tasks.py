@@ -68,7 +68,7 @@ def test_the_perturbations_of_a_source_are_one_pass(tmp_path: Path) -> None:
         names += white_box_names(ours, source) + targeted_names(ours, source)
     tasks = craft_tasks(ours, names)
     assert {task.name for task in tasks} == {f"craft {name.stem}" for name in names}
-    assert all(task.side_by_side for task in tasks)
+    assert all(task.beside == "accelerator" for task in tasks)
     for source in ("full", "q4"):
         first, *others = [task for task in tasks if task.name.startswith(f"craft {source}_")]
         assert first.after == (f"train {source}",)

@@ -120,3 +120,12 @@ def test_who_is_behind_goes_on_while_one_image_more_fits() -> None:
     assert behind([0], [5.0], images=9, budget=Budget(seconds=0.001)) == [0]
     assert behind([9, 9], [0.0, 0.0], images=9, budget=Budget()) == []
     assert behind([8, 8], [1e9, 1e9], images=9, budget=Budget()) == [0, 1]
+
+
+def test_so_many_images_are_enough() -> None:
+    few = Budget(images=5)
+    assert behind([4, 5], [1e9, 1e9], images=9, budget=few) == [0]
+    assert behind([5, 7], [1.0, 1.0], images=9, budget=few) == []
+    assert behind([3], [1.0], images=3, budget=few) == []
+    assert (few.of(9), few.of(3), Budget().of(9)) == (5, 3, 9)
+    assert not few.limited  # how fast it goes decides nothing

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.pipeline.estimate import elapsed_work
-from harness.pipeline.tasks import Deadline, Progress, Silent, Task, run_tasks
+from harness.pipeline.estimate import Rates, elapsed_seconds
+from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task, run_tasks
 from harness.records import TimeLimitReached
 
 WAIT_SECONDS = 20.0
@@ -23,15 +23,19 @@ def task(
     *,
     work: float = 1.0,
     after: tuple[str, ...] = (),
-    beside: bool = True,
+    beside: Shared | None = "accelerator",
 ) -> Task:
-    return Task("train", name, work, lambda: False, run, side_by_side=beside, after=after)
+    return Task("train", name, work, lambda: False, run, beside=beside, after=after)
+
+
+def share(jobs: int) -> dict[Shared, int]:
+    return {"accelerator": jobs}
 
 
 def test_two_tasks_really_run_at_once() -> None:
     both = threading.Barrier(2)
     tasks = [task(name, lambda _: (both.wait(WAIT_SECONDS), None)[1]) for name in "ab"]
-    assert run_tasks(tasks, Silent(), jobs=2) == 2
+    assert run_tasks(tasks, Silent(), jobs=share(2)) == 2
 
 
 def test_a_task_that_must_be_alone_is() -> None:
@@ -46,8 +50,8 @@ def test_a_task_that_must_be_alone_is() -> None:
 
         return run
 
-    tasks = [task(name, enter(name), beside=False) for name in "abc"]
-    assert run_tasks(tasks, Silent(), jobs=3) == 3
+    tasks = [task(name, enter(name), beside=None) for name in "abc"]
+    assert run_tasks(tasks, Silent(), jobs=share(3)) == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -65,7 +69,7 @@ def test_a_task_starts_after_all_it_needs(needs: list[list[int]], data: st.DataO
             finished.append(index)
 
         tasks.append(task(str(index), run, after=tuple(map(str, sorted(inputs)))))
-    assert run_tasks(tasks, Silent(), jobs=jobs) == len(needs)
+    assert run_tasks(tasks, Silent(), jobs=share(jobs)) == len(needs)
     assert sorted(finished) == list(range(len(needs)))
 
 
@@ -79,7 +83,7 @@ def test_the_longest_chain_goes_first() -> None:
         task("q4", lambda _: started.append("q4"), work=4, after=("full",)),
         task("q3", lambda _: started.append("q3"), work=4, after=("q4",)),
     ]
-    run_tasks(tasks, Silent(), jobs=2)
+    run_tasks(tasks, Silent(), jobs=share(2))
     assert set(started[:2]) == {"full", "sfp"}
     assert started.index("q4") < started.index("pp2")
 
@@ -89,10 +93,10 @@ def test_what_is_cached_is_not_run() -> None:
         raise AssertionError
 
     cached = [
-        Task("train", name, 1.0, lambda: True, never, side_by_side=True, after=needs)
+        Task("train", name, 1.0, lambda: True, never, beside="accelerator", after=needs)
         for name, needs in (("full", ()), ("pp2", ("full",)))
     ]
-    assert run_tasks(cached, Silent(), jobs=2) == 0
+    assert run_tasks(cached, Silent(), jobs=share(2)) == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("diverged"), KeyboardInterrupt()])
@@ -115,7 +119,7 @@ def test_a_failure_ends_the_others_and_is_what_the_user_sees(error: BaseExceptio
 
     tasks = [task("fail", fail), task("long", long), task("next", lambda _: unreached.set())]
     with pytest.raises(type(error)):
-        run_tasks(tasks, Silent(), jobs=2)
+        run_tasks(tasks, Silent(), jobs=share(2))
     assert stopped.is_set()
     assert not unreached.is_set()
 
@@ -147,19 +151,19 @@ def test_in_slices_of_time_the_work_gets_done(jobs: int) -> None:
         return run
 
     tasks = [
-        Task("train", name, 1.0, lambda n=name: n in built, tenths(name), side_by_side=True)  # type: ignore[misc]
+        Task("train", name, 1.0, lambda n=name: n in built, tenths(name), beside="accelerator")  # type: ignore[misc]
         for name in "abcd"
     ]
     for _ in range(4):  # time for one task and a half, or for two at once and a bit
         before = set(built)
         with pytest.raises(TimeLimitReached) as stopped:
-            run_tasks(tasks, Silent(), jobs=jobs, deadline=Ticks(25))
+            run_tasks(tasks, Silent(), jobs=share(jobs), deadline=Ticks(25))
         assert stopped.value.exit_code == 124
         assert f"{4 - len(built)} of 4 tasks left" in str(stopped.value)
         assert built > before
         if len(built) >= 2:
             break
-    run_tasks(tasks, Silent(), jobs=jobs, deadline=Ticks(1000))
+    run_tasks(tasks, Silent(), jobs=share(jobs), deadline=Ticks(1000))
     assert built == set("abcd")
     assert len(starts) > len(built), "no slice ended within a task"
 
@@ -178,22 +182,58 @@ def test_a_time_limit_says_how_far_what_was_running_is(jobs: int) -> None:
         for percent in range(100):
             progress(percent / 100, "")
 
-    tasks = [task("done", lambda _: None, beside=False), task("train full", run)]
+    tasks = [task("done", lambda _: None, beside=None), task("train full", run)]
     with pytest.raises(TimeLimitReached, match=r" tasks left \(train full at 45 %\): the same"):
-        run_tasks(tasks, Silent(), jobs=jobs, deadline=Ticks(47))
+        run_tasks(tasks, Silent(), jobs=share(jobs), deadline=Ticks(47))
+
+
+def idle(_progress: Progress) -> None: ...
 
 
 def test_estimates_know_what_runs_side_by_side() -> None:
-    def idle(_progress: Progress) -> None: ...
+    def elapsed(tasks: list[Task], *, jobs: int) -> float:
+        return elapsed_seconds(tasks, lambda task: task.work, jobs=share(jobs))
 
     first = task("full", idle, work=4.0)
     others = [task(name, idle, work=2.0) for name in "abcd"]
-    alone = task("export", idle, work=1.0, beside=False)
-    assert elapsed_work([first, *others, alone], jobs=1) == 4 + 8 + 1
-    assert elapsed_work([first, *others, alone], jobs=2) == 12 / 2 + 1
-    assert elapsed_work([first, *others, alone], jobs=4) == 4 + 1  # the longest decides
+    alone = task("export", idle, work=1.0, beside=None)
+    assert elapsed([first, *others, alone], jobs=1) == 4 + 8 + 1
+    assert elapsed([first, *others, alone], jobs=2) == 12 / 2 + 1
+    assert elapsed([first, *others, alone], jobs=4) == 4 + 1  # the longest decides
     waiting = [task(name, idle, work=2.0, after=("full",)) for name in "abcd"]
-    assert elapsed_work([first, *waiting], jobs=4) == 4 + 2
+    assert elapsed([first, *waiting], jobs=4) == 4 + 2
     # What it waits for is there already: it waits for nothing.
-    assert elapsed_work(waiting, jobs=4) == 2
-    assert elapsed_work([], jobs=2) == 0
+    assert elapsed(waiting, jobs=4) == 2
+    assert elapsed([], jobs=2) == 0
+
+
+def test_one_gpu_and_many_cores_are_counted_apart() -> None:
+    """Models are trained one by one on a GPU, and evaluated side by side on the cores beside it."""
+    jobs: dict[Shared, int] = {"accelerator": 1, "cores": 4}
+    trained = [task(f"train {i}", idle, work=3.0) for i in range(4)]
+    evaluated = [task(f"attack {i}", idle, work=2.0, beside="cores") for i in range(8)]
+    assert elapsed_seconds([*trained, *evaluated], lambda t: t.work, jobs=jobs) == 12 + 4
+    at_once, most, lock = 0, {"train": 0, "attack": 0}, threading.Lock()
+
+    def counted(name: str) -> Callable[[Progress], None]:
+        def run(_progress: Progress) -> None:
+            nonlocal at_once
+            with lock:
+                at_once += 1
+                most[name] = max(most[name], at_once)
+            threading.Event().wait(0.05)
+            with lock:
+                at_once -= 1
+
+        return run
+
+    tasks = [task(f"train {i}", counted("train")) for i in range(3)]
+    tasks += [task(f"attack {i}", counted("attack"), beside="cores") for i in range(8)]
+    assert run_tasks(tasks, Silent(), jobs=jobs) == 11
+    assert most == {"train": 1, "attack": 4}
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e4))
+def test_each_kind_of_cost_has_its_own_rate(work: float, core_work: float, seconds: float) -> None:
+    one = Task("x", "x", work, lambda: False, idle, core_work=core_work, seconds=seconds)
+    assert Rates(0.25, 0.5).seconds(one) == work / 4 + core_work / 2 + seconds
