@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.audit.questions import Contrast, Meeting, Question, Unit
+from harness.audit.contrasts import Contrast, Meeting, Question, Unit
 from harness.bootstrap import Estimate, difference
 from reports.inference import ALPHA, holm
 from reports.portable import portable

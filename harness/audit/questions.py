@@ -1,16 +1,26 @@
 """Questions of the audit: which models and perturbations of which arms are compared.
 
-Enters: how many training seeds. Leaves: a `Question`. What was trained once counts once: meetings
-that share it are one unit, averaged. A difference between two methods that were each trained once
-may be one between two seeds, so what is trained otherwise is compared over several.
+Enters: how many training seeds. Leaves: a `Question`. A difference between two methods that were
+each trained once may be one between two seeds, so what is trained otherwise is compared over
+several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from harness.audit.arms import BASE, arm_named, in_seed
+from harness.audit.arms import BASE, arm_named
+from harness.audit.contrasts import (
+    Contrast,
+    Meeting,
+    Question,
+    Unit,
+    across,
+    arms_of,
+    each,
+    own,
+    within,
+)
 from harness.records import CONTROLS
 
 SEEDS = 3
@@ -20,82 +30,17 @@ SOURCES = ("full", "sfp", "pp3", "q4")
 COMPRESSED = SOURCES[1:]
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """A model under a perturbation, each of some arm; `source` None: under none."""
-
-    victim_arm: str
-    victim: str
-    source_arm: str = BASE
-    source: str | None = None
-    attack: str = ""
-    """What crafts the perturbation; empty: what its arm is configured for."""
-
-
-Unit = tuple[Meeting, ...]
-"""Meetings that share what was trained once: averaged, they count as one."""
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Error rate of `changed` minus that of `reference`."""
-
-    label: str
-    changed: tuple[Unit, ...]
-    reference: tuple[Unit, ...]
-    paired: bool = True
-    """Whether unit i of both belong together."""
-
-    @property
-    def meetings(self) -> tuple[Meeting, ...]:
-        return tuple(m for unit in (*self.changed, *self.reference) for m in unit)
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether it compares errors on clean images, which are of no budget."""
-        return all(meeting.source is None for meeting in self.meetings)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One choice, and what it might carry."""
-
-    name: str
-    title: str
-    authors: str
-    """What they did, or concluded."""
-    if_shown: str
-    """What follows where the first contrast shows a difference."""
-    if_none: str
-    """What follows where it shows that there is none that matters."""
-    contrasts: tuple[Contrast, ...]
-
-    @property
-    def meetings(self) -> tuple[Meeting, ...]:
-        """All that must be measured for it, without repeats."""
-        return tuple(dict.fromkeys(m for contrast in self.contrasts for m in contrast.meetings))
-
-
-def _each(meetings: Iterable[Meeting]) -> tuple[Unit, ...]:
-    return tuple((meeting,) for meeting in meetings)
-
-
-def _own(arm: str, variant: str, attack: str = "") -> Meeting:
-    """White-box."""
-    return Meeting(arm, variant, arm, variant, attack)
-
-
 # --- crafting ------------------------------------------------------------------------------------
 
 
 def _of_base(arm: str) -> tuple[Unit, ...]:
     """The audited models, each under what the arm crafts on it."""
-    return _each(Meeting(BASE, name, arm, name) for name in SOURCES)
+    return each(Meeting(BASE, name, arm, name) for name in SOURCES)
 
 
 def _from_full(arm: str) -> tuple[Unit, ...]:
     """The audited compressed models under what the arm crafts on Full."""
-    return _each(Meeting(BASE, name, arm, "full") for name in COMPRESSED)
+    return each(Meeting(BASE, name, arm, "full") for name in COMPRESSED)
 
 
 def _crafting(arms: tuple[str, ...], against: str) -> tuple[Contrast, ...]:
@@ -111,12 +56,12 @@ def _crafting(arms: tuple[str, ...], against: str) -> tuple[Contrast, ...]:
 
 def _attack(_seeds: int) -> Question:
     reference = _of_base(BASE)
-    momentum = _each(_own(BASE, name, "momentum") for name in SOURCES)
+    momentum = each(own(BASE, name, "momentum") for name in SOURCES)
     contrasts = [Contrast("white-box: attack momentum instead", momentum, reference)]
     contrasts += [
         Contrast(
             f"{control}, which nobody crafted",
-            _each(Meeting(BASE, name, BASE, control) for name in SOURCES),
+            each(Meeting(BASE, name, BASE, control) for name in SOURCES),
             reference,
         )
         for control in CONTROLS
@@ -134,28 +79,9 @@ def _attack(_seeds: int) -> Question:
 # --- what was trained ----------------------------------------------------------------------------
 
 
-def _arms(seeds: int, arm: str = BASE) -> list[str]:
-    """An arm, and its repetitions with further seeds."""
-    return [in_seed(arm, offset) for offset in range(seeds)]
-
-
-def _within(seeds: int, victim: str, source: str, attack: str = "") -> tuple[Unit, ...]:
-    """Victim and source of one seed: where one is made from the other, they share weights."""
-    return _each(Meeting(seed, victim, seed, source, attack) for seed in _arms(seeds))
-
-
-def _across(seeds: int, victim: str, source: str) -> tuple[Unit, ...]:
-    """Victims under the perturbations of the other seeds' sources: nothing is shared."""
-    arms = _arms(seeds)
-    return tuple(
-        tuple(Meeting(seed, victim, other, source) for other in arms if other != seed)
-        for seed in arms
-    )
-
-
 def _unit_masks(seeds: int) -> Question:
     pruned = ("pp2", "pp3", "pp4")
-    pairs = list(zip(_arms(seeds, "unit_masks"), _arms(seeds), strict=True))
+    pairs = list(zip(arms_of(seeds, "unit_masks"), arms_of(seeds), strict=True))
 
     def of_seeds(make: Callable[[str, str], Iterable[Meeting]]) -> tuple[Unit, ...]:
         """(arm of PP, arm of Full of the same seed) -> its unit."""
@@ -170,8 +96,8 @@ def _unit_masks(seeds: int) -> Question:
         (
             Contrast(
                 "white-box",
-                of_seeds(lambda masked, _full: (_own(masked, p) for p in pruned)),
-                of_seeds(lambda _masked, full: (_own(full, p) for p in pruned)),
+                of_seeds(lambda masked, _full: (own(masked, p) for p in pruned)),
+                of_seeds(lambda _masked, full: (own(full, p) for p in pruned)),
             ),
             Contrast(
                 "PP's on Full",
@@ -196,13 +122,13 @@ def _architecture(seeds: int) -> Question:
     )
     contrasts = []
     for what, quantised, full in pairs:
-        arms = list(zip(_arms(seeds, quantised), _arms(seeds, full), strict=True))
-        own = tuple(tuple(_own(q_arm, q) for q in bits) for q_arm, _ in arms)
-        whole = _each(_own(arm, "full") for _, arm in arms)
-        theirs = tuple(tuple(Meeting(q_arm, q, arm, "full") for q in bits) for q_arm, arm in arms)
+        arms = list(zip(arms_of(seeds, quantised), arms_of(seeds, full), strict=True))
+        theirs_own = tuple(tuple(own(q_arm, q) for q in bits) for q_arm, _ in arms)
+        whole = each(own(arm, "full") for _, arm in arms)
+        fulls = tuple(tuple(Meeting(q_arm, q, arm, "full") for q in bits) for q_arm, arm in arms)
         contrasts += [
-            Contrast(f"white-box, Q minus Full: {what}", own, whole),
-            Contrast(f"on Q, Full's minus its own: {what}", theirs, own),
+            Contrast(f"white-box, Q minus Full: {what}", theirs_own, whole),
+            Contrast(f"on Q, Full's minus its own: {what}", fulls, theirs_own),
         ]
     return Question(
         "architecture",
@@ -219,44 +145,44 @@ def _sfp_training(seeds: int) -> Question:
     contrasts = []
     # At keep 0.1 hardly a classifier is left: one training run says so.
     for arm, runs in (("not_augmented", seeds), ("sfp_keep_90", seeds), ("sfp_keep_10", 1)):
-        what, changed, as_is = arm_named(arm).what, _arms(runs, arm), _arms(runs)
+        what, changed, as_is = arm_named(arm).what, arms_of(runs, arm), arms_of(runs)
         contrasts += [
             Contrast(
                 f"white-box: {what}",
-                _each(_own(one, "sfp") for one in changed),
-                _within(runs, "sfp", "sfp"),
+                each(own(one, "sfp") for one in changed),
+                within(runs, "sfp", "sfp"),
             ),
             Contrast(
                 f"Full's on SFP: {what}",
-                _each(
+                each(
                     Meeting(one, "sfp", full, "full")
                     for one, full in zip(changed, as_is, strict=True)
                 ),
-                _within(runs, "sfp", "full"),
+                within(runs, "sfp", "full"),
             ),
             Contrast(
                 f"SFP's on Full: {what}",
-                _each(
+                each(
                     Meeting(full, "full", one, "sfp")
                     for one, full in zip(changed, as_is, strict=True)
                 ),
-                _within(runs, "full", "sfp"),
+                within(runs, "full", "sfp"),
             ),
             Contrast(
                 f"clean error: {what}",
-                _each(Meeting(one, "sfp") for one in changed),
-                _each(Meeting(one, "sfp") for one in as_is),
+                each(Meeting(one, "sfp") for one in changed),
+                each(Meeting(one, "sfp") for one in as_is),
             ),
         ]
-    from_full = _each(
+    from_full = each(
         Meeting(arm, "sfp", seed, "full")
-        for arm, seed in zip(_arms(seeds, "sfp_from_full"), _arms(seeds), strict=True)
+        for arm, seed in zip(arms_of(seeds, "sfp_from_full"), arms_of(seeds), strict=True)
     )
     contrasts.append(
         Contrast(
             "Full's on SFP that goes on from it minus on SFP from scratch",
             from_full,
-            _within(seeds, "sfp", "full"),
+            within(seeds, "sfp", "full"),
         )
     )
     return Question(
@@ -281,28 +207,28 @@ def _seeds(seeds: int) -> Question:
         (
             Contrast(
                 "Full's on SFP minus on Full itself (their comparison)",
-                _within(seeds, "sfp", "full"),
-                _within(seeds, "full", "full"),
+                within(seeds, "sfp", "full"),
+                within(seeds, "full", "full"),
             ),
             Contrast(
                 "Full's on SFP minus on another seed's Full",
-                _across(seeds, "sfp", "full"),
-                _across(seeds, "full", "full"),
+                across(seeds, "sfp", "full"),
+                across(seeds, "full", "full"),
             ),
             Contrast(
                 "SFP's minus another seed's Full's, both on Full",
-                _across(seeds, "full", "sfp"),
-                _across(seeds, "full", "full"),
+                across(seeds, "full", "sfp"),
+                across(seeds, "full", "full"),
             ),
             Contrast(
                 "Full's on PP3 of another seed minus on PP3 made from it",
-                _across(seeds, "pp3", "full"),
-                _within(seeds, "pp3", "full"),
+                across(seeds, "pp3", "full"),
+                within(seeds, "pp3", "full"),
             ),
             Contrast(
                 "Full's on Q4 of another seed minus on Q4 made from it",
-                _across(seeds, "q4", "full"),
-                _within(seeds, "q4", "full"),
+                across(seeds, "q4", "full"),
+                within(seeds, "q4", "full"),
             ),
         ),
     )
@@ -312,8 +238,8 @@ def _methods(seeds: int) -> Question:
     contrasts = [
         Contrast(
             f"white-box{by}, {name.upper()} minus Full",
-            _within(seeds, name, name, attack),
-            _within(seeds, "full", "full", attack),
+            within(seeds, name, name, attack),
+            within(seeds, "full", "full", attack),
         )
         # Theirs, and the strongest there is: a rate that a weak attack reaches is no robustness.
         for attack, by in (("", ""), ("momentum", " by momentum"))
@@ -321,7 +247,7 @@ def _methods(seeds: int) -> Question:
     ]
     contrasts.append(
         Contrast(
-            "on Q4, Full's minus its own", _within(seeds, "q4", "full"), _within(seeds, "q4", "q4")
+            "on Q4, Full's minus its own", within(seeds, "q4", "full"), within(seeds, "q4", "q4")
         )
     )
     return Question(

@@ -19,7 +19,7 @@ from harness.cli.options import (
 from harness.records import UsageError
 
 if TYPE_CHECKING:
-    from harness.audit.questions import Question
+    from harness.audit.contrasts import Question
     from harness.pipeline.audit import Audit
     from harness.pipeline.context import Context
     from reports.audit import Answer

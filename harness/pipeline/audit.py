@@ -18,7 +18,8 @@ import numpy.typing as npt
 from devices.local import LocalDevice
 from harness.artefacts import write_atomic
 from harness.audit.arms import ARMS, BASE, arm_named, config_of, in_seed
-from harness.audit.questions import QUESTIONS, SEEDS, Meeting, Question
+from harness.audit.contrasts import Meeting, Question
+from harness.audit.questions import QUESTIONS, SEEDS
 from harness.config import Config, to_toml
 from harness.data.dataset import Dataset
 from harness.pipeline.checkpoints import (

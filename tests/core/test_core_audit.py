@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from harness.audit.arms import ARMS, BASE, Arm, arm_named, config_of, in_seed
-from harness.audit.questions import QUESTIONS, SEEDS, Contrast, Question
+from harness.audit.contrasts import Contrast, Question
+from harness.audit.questions import QUESTIONS, SEEDS
 from harness.config import Config, preset_named
 from harness.records import BLOCKS_PER_STAGE, CONTROLS, variant_named
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.audit.questions import QUESTIONS, SEEDS, Contrast, Meeting, Question
+from harness.audit.contrasts import Contrast, Meeting, Question
+from harness.audit.questions import QUESTIONS, SEEDS
 from reports.audit import MARGIN, Answer, answers, json_text, markdown_text
 
 N = 4000

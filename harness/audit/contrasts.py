@@ -1,0 +1,96 @@
+"""What an audit compares: meetings of models and perturbations, gathered in units, and contrasts.
+
+Enters: names of arms and variants. Leaves: a `Question`'s parts, frozen. What was trained once
+counts once: meetings that share it are one unit, averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harness.audit.arms import BASE, in_seed
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A model under a perturbation, each of some arm; `source` None: under none."""
+
+    victim_arm: str
+    victim: str
+    source_arm: str = BASE
+    source: str | None = None
+    attack: str = ""
+    """What crafts the perturbation; empty: what its arm is configured for."""
+
+
+Unit = tuple[Meeting, ...]
+"""Meetings that share what was trained once: averaged, they count as one."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Error rate of `changed` minus that of `reference`."""
+
+    label: str
+    changed: tuple[Unit, ...]
+    reference: tuple[Unit, ...]
+    paired: bool = True
+    """Whether unit i of both belong together."""
+
+    @property
+    def meetings(self) -> tuple[Meeting, ...]:
+        return tuple(m for unit in (*self.changed, *self.reference) for m in unit)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it compares errors on clean images, which are of no budget."""
+        return all(meeting.source is None for meeting in self.meetings)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One choice, and what it might carry."""
+
+    name: str
+    title: str
+    authors: str
+    """What they did, or concluded."""
+    if_shown: str
+    """What follows where the first contrast shows a difference."""
+    if_none: str
+    """What follows where it shows that there is none that matters."""
+    contrasts: tuple[Contrast, ...]
+
+    @property
+    def meetings(self) -> tuple[Meeting, ...]:
+        """All that must be measured for it, without repeats."""
+        return tuple(dict.fromkeys(m for contrast in self.contrasts for m in contrast.meetings))
+
+
+def each(meetings: Iterable[Meeting]) -> tuple[Unit, ...]:
+    return tuple((meeting,) for meeting in meetings)
+
+
+def own(arm: str, variant: str, attack: str = "") -> Meeting:
+    """White-box."""
+    return Meeting(arm, variant, arm, variant, attack)
+
+
+def arms_of(seeds: int, arm: str = BASE) -> list[str]:
+    """An arm, and its repetitions with further seeds."""
+    return [in_seed(arm, offset) for offset in range(seeds)]
+
+
+def within(seeds: int, victim: str, source: str, attack: str = "") -> tuple[Unit, ...]:
+    """Victim and source of one seed: where one is made from the other, they share weights."""
+    return each(Meeting(seed, victim, seed, source, attack) for seed in arms_of(seeds))
+
+
+def across(seeds: int, victim: str, source: str) -> tuple[Unit, ...]:
+    """Victims under the perturbations of the other seeds' sources: nothing is shared."""
+    arms = arms_of(seeds)
+    return tuple(
+        tuple(Meeting(seed, victim, other, source) for other in arms if other != seed)
+        for seed in arms
+    )
