@@ -1,4 +1,4 @@
-"""scripts/gpu_session.sh, on a processor: parts in, small files out, and the next machine goes on."""
+"""scripts/gpu_session.sh, on a processor: parts go in, small files come out, the next goes on."""
 
 from __future__ import annotations
 
