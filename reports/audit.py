@@ -16,12 +16,9 @@ import numpy.typing as npt
 
 from harness.audit.contrasts import Contrast, Meeting, Question, Unit
 from harness.bootstrap import Estimate, difference
-from reports.inference import ALPHA, holm
+from reports.inference import ALPHA, MARGIN, holm
 from reports.portable import portable
 from reports.words import p_value
-
-MARGIN = 0.05
-"""Five points: a smaller difference would change no one's choice of a method."""
 
 Wrong = npt.NDArray[np.bool_]
 Measured = Callable[[Meeting, float | None], Wrong | None]

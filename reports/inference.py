@@ -21,6 +21,10 @@ from harness.seeds import key_of
 from reports.view import VariantView, View
 
 ALPHA = 0.05
+MARGIN = 0.05
+"""Five points: a smaller difference, however well shown, changes no one's choice of a method."""
+NEAR_CEILING = 0.95
+"""Share of the highest possible UER from which attacks can no longer be told apart."""
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -51,6 +55,11 @@ class Comparison:
     def shown(self) -> bool:
         return self.p < ALPHA
 
+    @property
+    def matters(self) -> bool:
+        """Whether it is shown, and large enough to choose by."""
+        return self.shown and abs(self.difference) >= MARGIN
+
 
 Measure = Literal["clean", "white_box", "worst"]
 
@@ -72,16 +81,36 @@ def against_full(view: View, measure: Measure) -> list[Comparison]:
         and (measure != "worst" or view.comparable(v))
         and (row := measured(v, measure)) is not None
     ]
+    return _against(view, base, others)
+
+
+def against_full_at(view: View, eps: float) -> list[Comparison]:
+    """The same of white-box rates at any budget."""
+    rows = {v.name: row for v in view.variants for row in v.curve if row.eps == eps}
+    base = rows.get("full")
+    others = [(v, rows[v.name]) for v in view.variants if v.name in rows and v.name != "full"]
+    return [] if base is None else _against(view, base, others)
+
+
+def _against(
+    view: View, base: ResultRow, others: Sequence[tuple[VariantView, ResultRow]]
+) -> list[Comparison]:
+    p_values = [compare(view, row, base).p for _, row in others]
+    adjusted = adjusted_apart([v for v, _ in others], p_values)
     return [
         Comparison(variant, rate_of(row), rate_of(base), p)
-        for (variant, row), p in zip(
-            others,
-            adjusted_apart(
-                [v for v, _ in others], [compare(view, row, base).p for _, row in others]
-            ),
-            strict=True,
-        )
+        for (variant, row), p in zip(others, adjusted, strict=True)
     ]
+
+
+def ceiling(view: View) -> float:
+    """What a guess errs on: the highest UER that an attack can be expected to reach."""
+    return 1 - 1 / max(2, len(view.evaluation.classes))
+
+
+def near_ceiling(view: View, rate: float) -> bool:
+    """Whether a rate leaves others no room to be higher."""
+    return rate >= NEAR_CEILING * ceiling(view)
 
 
 def paired(view: View, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float]:

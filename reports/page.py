@@ -15,6 +15,7 @@ from harness.seeds import METHOD
 from reports import method, panels
 from reports.black_box import black_box_table, black_box_text
 from reports.estimates import sample_sizes, where_measured
+from reports.headline import headline
 from reports.heat import HeatMap, heat_maps
 from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
 from reports.masking_table import masking_table
@@ -22,7 +23,7 @@ from reports.method import TextTable
 from reports.pictures import gallery
 from reports.runtimes import runtime_table, runtime_text
 from reports.tradeoff import VERDICT_MARKS, tradeoff_table
-from reports.verdicts import conclusions, headline
+from reports.verdicts import conclusions
 from reports.view import View
 from reports.words import clean_text, epsilon, listed, p_value, percent, plural, points, span
 

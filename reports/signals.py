@@ -17,7 +17,14 @@ from typing import Literal
 from harness import metrics
 from harness.bootstrap import Estimate
 from harness.records import CONTROLS, PAPER_ORDER, ResultRow
-from reports.inference import ALPHA, Difference, adjusted_apart, compare, rate_of
+from reports.inference import (
+    ALPHA,
+    Difference,
+    adjusted_apart,
+    compare,
+    near_ceiling,
+    rate_of,
+)
 from reports.probes import Probed, probe_of
 from reports.view import VariantView, View
 
@@ -28,8 +35,6 @@ MIN_AGREEMENT = 0.2
 MIN_GAIN_OVER_RANDOM = 3.0
 EQUIVALENT = 0.05
 """An attack bounded below a control's rate plus this does no more than the control."""
-NEAR_CEILING = 0.95
-"""Share of the highest possible UER from which attacks can no longer be told apart."""
 
 State = Literal["raised", "clear", "unclear", "not measured"]
 Word = Literal["masked", "not masked", "undecided"]
@@ -187,8 +192,7 @@ def _verdict(view: View, variant: VariantView, tested: _Tested, falls: Signal) -
         "monotone": falls,
         "saturated": _saturated(view, own),
     }
-    highest = 1 - 1 / max(2, len(view.evaluation.classes))
-    near = rate_of(own) >= NEAR_CEILING * highest
+    near = near_ceiling(view, rate_of(own))
     high = own.uer_high if own.uer_high is not None else 1.0
     word, because = _judge(signals, own_high=high, near_ceiling=near)
     return MaskingVerdict(variant, word, signals, because, near_ceiling=near)

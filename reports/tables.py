@@ -17,12 +17,13 @@ from harness.sources import LEAVE_ONE_OUT
 from reports.advice import latency_caveat
 from reports.black_box import black_box_table, black_box_text
 from reports.estimates import where_measured
+from reports.headline import headline
 from reports.masking import Sentence
 from reports.masking_table import DERIVED_COLUMNS, derived_columns, masking_table
 from reports.method import TextTable
 from reports.runtimes import runtime_table, runtime_text
 from reports.tradeoff import Cell, Table, tradeoff_table
-from reports.verdicts import conclusions, headline
+from reports.verdicts import conclusions
 from reports.view import View
 from reports.words import DASH, clean_text, epsilon, label_of, paper_rank, percent
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from harness.audit.contrasts import Contrast, Meeting, Question
 from harness.audit.questions import QUESTIONS, SEEDS
-from reports.audit import MARGIN, Answer, answers, json_text, markdown_text
+from reports.audit import Answer, answers, json_text, markdown_text
+from reports.inference import MARGIN
 
 N = 4000
 FACTS = ["planted"]

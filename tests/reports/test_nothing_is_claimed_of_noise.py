@@ -11,9 +11,10 @@ import pytest
 from harness.records import PAPER_ORDER
 from harness.store import open_store
 from reports import advice, heat, panels
+from reports.headline import headline
 from reports.selection import build_view
 from reports.signals import masking_verdicts
-from reports.verdicts import conclusions, headline
+from reports.verdicts import conclusions
 from tests.reports import synthetic
 from tests.reports.synthetic import uap
 

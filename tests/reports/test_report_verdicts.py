@@ -10,13 +10,14 @@ import pytest
 from harness.records import HarnessError
 from reports import inference, words
 from reports.choosing import fleet_mix, pareto_front
+from reports.headline import headline
 from reports.inference import holm
 from reports.masking import signal_text
 from reports.pictures import attacked_image
 from reports.report import write_report
 from reports.selection import build_view
 from reports.signals import masking_verdicts
-from reports.verdicts import conclusions, headline
+from reports.verdicts import conclusions
 from tests.reports import synthetic
 from tests.reports.synthetic import add_latency, uap
 
@@ -116,6 +117,47 @@ def test_headline_follows_the_numbers(planter, store):
     assert "No compressed variant is shown to survive better" in said
     assert "Q2 is shown to be more fragile than Full" in said
     assert "95.0 %" in said
+
+
+def test_a_difference_too_small_to_choose_by_makes_no_survivor(planter, store):
+    p = planter("full", "pp2", "q2")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.50})
+    plant(p, "pp2", {(None, None): 0.05, ("pp2", 10.0): 0.46})  # shown, by 4 points
+    plant(p, "q2", {(None, None): 0.05, ("q2", 10.0): 0.54})
+    view = build_view(store)
+    assert all(test.shown and not test.matters for test in inference.against_full(view, "worst"))
+    said = headline(view).replace(words.NBSP, " ")
+    assert said == (
+        "No compressed variant is shown to survive better than the uncompressed Full model by 5"
+        " points or more: under the worst perturbation measured at \u03b5 = 10/255 Full errs on"
+        " 50.0 % of the images, the others err on 46.0 % to 54.0 %."
+    )
+
+
+def test_where_all_are_as_good_as_a_guess_a_smaller_budget_is_asked(planter, store):
+    p = planter("full", "pp2", "q2")
+    clean = {(None, None): 0.10}
+    sweep = {2.0: 0.20, 4.0: 0.50, 8.0: 0.87}
+    plant(p, "full", {**clean, ("full", 10.0): 0.88, **{("full", e): r for e, r in sweep.items()}})
+    plant(p, "pp2", {**clean, ("pp2", 10.0): 0.87, ("pp2", 2.0): 0.30, ("pp2", 4.0): 0.60})
+    plant(p, "q2", {**clean, ("q2", 10.0): 0.89, ("q2", 2.0): 0.20, ("q2", 4.0): 0.40})
+    said = headline(build_view(store)).replace(words.NBSP, " ")
+    assert "which errs on 90.0 %: there is no room to differ." in said
+    # Half way between 10 and 90 % lies the sweep's 50 %, not its 20 or 87.
+    assert said.endswith(
+        "At \u03b5 = 4/255, each under its own perturbation, Full errs on 50.0 % (clean 10.0 %)."
+        " Shown to err less by 5 points or more: Q2 (40.0 %, clean 10.0 %);"
+        " more: PP2 (60.0 %, clean 10.0 %)."
+    )
+
+
+def test_one_model_with_room_left_is_compared_at_the_budget_asked_for(planter, store):
+    p = planter("full", "q2")
+    plant(p, "full", {(None, None): 0.10, ("full", 10.0): 0.88, ("full", 4.0): 0.50})
+    plant(p, "q2", {(None, None): 0.10, ("q2", 10.0): 0.60, ("q2", 4.0): 0.40})
+    said = headline(build_view(store))
+    assert said.startswith("Q2 survives better")
+    assert "guess" not in said
 
 
 def test_a_variant_spared_the_attacks_is_not_called_robust(planter, store):
