@@ -8,7 +8,7 @@ wrote.
 
     python scripts/publish.py workspace reports/published/cifar10 --title "CIFAR-10, reduced scale"
     python scripts/publish.py --again reports/published/cifar10
-    python scripts/publish.py --audit workspace reports/published
+    python scripts/publish.py --audit workspace reports/published --command "harness audit"
 
 `--beside FOLDER` names the published run on the paper's other data set, for its claims about both.
 """
@@ -67,10 +67,10 @@ $ xz --decompress --keep {store}{other} && harness report --workspace . --out re
 AUDIT_TEMPLATE = """
 ## How it was made
 
-With [harness.toml]({folder}/harness.toml) and the data file beside it, after `harness run`:
+With [audit.toml](audit.toml) as `harness.toml`, and the data file beside it:
 
 ```console
-$ harness audit
+{commands}
 ```
 
 | | |
@@ -138,17 +138,15 @@ def _uaps(cache: Path) -> bytes:
     return lzma.compress(plain.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 
-def publish_audit(workspace: Path, folder: Path) -> None:
-    """`audit.md` and `audit.json`, with how they were made."""
+def publish_audit(workspace: Path, folder: Path, *, commands: list[str]) -> None:
+    """`audit.md` and `audit.json`, with how they were made: the configuration as `audit.toml`."""
     audit = workspace / "audit"
     with ExitStack() as opened:
         files = [workspace / "results.db", *sorted(audit.glob("*/results.db"))]
         facts = _facts([opened.enter_context(open_store(f, create=False)) for f in files])
-    published = [f.parent.name for f in folder.glob("*/harness.toml")
-                 if f.read_bytes() == (workspace / "harness.toml").read_bytes()]  # fmt: skip
-    if not published:
-        raise SystemExit(f"publish the audited workspace first: none in {folder} has its settings")
-    text = AUDIT_TEMPLATE.format(folder=published[0], **facts)
+    said = "\n".join(f"$ {command}" for command in commands)
+    text = AUDIT_TEMPLATE.format(**{**facts, "commands": said})
+    shutil.copyfile(workspace / "harness.toml", folder / "audit.toml")
     written = (audit / "audit.md").read_text(encoding="utf-8")
     (folder / "audit.md").write_text(written + text, encoding="utf-8")
     shutil.copyfile(audit / "audit.json", folder / "audit.json")
@@ -192,6 +190,9 @@ def main() -> None:
     parser.add_argument("--note", default="")
     parser.add_argument("--again", type=Path, metavar="FOLDER")
     parser.add_argument("--audit", action="store_true")
+    parser.add_argument(
+        "--command", action="append", help="of the audit, as it was run; may be repeated"
+    )
     parser.add_argument("--beside", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     if given.again is not None:
@@ -199,7 +200,7 @@ def main() -> None:
     elif given.workspace is None or given.folder is None:
         parser.error("name a workspace and a folder, or --again FOLDER")
     elif given.audit:
-        publish_audit(given.workspace, given.folder)
+        publish_audit(given.workspace, given.folder, commands=given.command or ["harness audit"])
     else:
         publish(
             given.workspace,
