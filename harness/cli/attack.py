@@ -153,7 +153,7 @@ def attack_device(
     from harness.pipeline.experiment import attack_tasks, register_current
 
     workspace = existing_or_new_workspace(root)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=dry_run)
     tasks, victims, paths = attack_tasks(
         context,
         variants=_exported(context) if variants is None else variants,

@@ -175,7 +175,9 @@ def craft(
         return wanted, [context.workspace.uap(name) for name in names]
 
     workspace = agreed_workspace(root, None, dataset, None)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    # Whether a model can be attacked is tried on images, also before a dry run.
+    planning = dry_run and not brought
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=planning)
     build_in(context, *tasks(context), dry_run=dry_run, as_json=as_json)
 
 
@@ -243,7 +245,7 @@ def build_artefacts(
 ) -> None:
     """Run a command's tasks and print the files they leave."""
     workspace = existing_or_new_workspace(root)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=dry_run)
     build_in(context, *make_tasks(context), dry_run=dry_run, as_json=as_json)
 
 

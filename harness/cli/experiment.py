@@ -112,7 +112,11 @@ def run(
     device = device_named(device_name)
     workspace = agreed_workspace(root, preset, dataset, seed)
     context = make_context(
-        workspace, accelerator=accelerator, data_dir=data_dir, time_limit_s=time_limit_s
+        workspace,
+        accelerator=accelerator,
+        data_dir=data_dir,
+        time_limit_s=time_limit_s,
+        planning=dry_run,
     )
     variants = _variants(models, all_models)
     tasks = experiment_tasks(context, variants, device)
@@ -157,7 +161,8 @@ def plan(
     """What `harness run` would build, what is cached, and what it would cost. Builds nothing.
 
     The cost is the estimated work times a short measurement of this machine: expect the order
-    of magnitude.
+    of magnitude. Downloads nothing either: cifar10 and svhn are planned from their published
+    sizes until they are there.
 
     \b
     Examples:
@@ -169,7 +174,7 @@ def plan(
 
     device = device_named(device_name)
     workspace = agreed_workspace(root, preset, dataset, seed)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=True)
     tasks = experiment_tasks(context, _variants(models, all_models), device)
     print_plan(context, tasks, as_json=as_json)
 

@@ -177,8 +177,9 @@ def make_context(
     accelerator: str,
     data_dir: Path | None,
     time_limit_s: float | None = None,
+    planning: bool = False,
 ) -> Context:
-    """The context of a command that computes."""
+    """The context of a command that computes, or only says what it would."""
     from harness.cli.progress import ConsoleReporter
     from harness.pipeline.context import Context, choose_accelerator
     from harness.pipeline.tasks import Deadline
@@ -187,6 +188,7 @@ def make_context(
         workspace=workspace,
         accelerator=choose_accelerator(accelerator),
         data_dir=data_dir,
+        planning=planning,
         reporter=ConsoleReporter(stderr_console()),
         deadline=Deadline.after(time_limit_s),
     )

@@ -75,6 +75,7 @@ def load_dataset(
     attack_images: int,
     evaluation_images: int | None = None,
     seed: int,
+    planning: bool = False,
     progress: Progress | None = None,
 ) -> Dataset:
     """The data set called `name`, in its roles; same arguments, same bytes.
@@ -88,6 +89,8 @@ def load_dataset(
             their order; None, or more than there are, means all of them.
         seed: decides calibration (not in digits, where it is fixed), attack, and the evaluation
             subset. The test images, and evaluation when it is all of them, do not depend on it.
+        planning: download nothing: cifar10 or svhn that is not there is zeros, as many as are
+            published, for what asks only for sizes.
         progress: told in one line what takes long.
 
     Raises:
@@ -95,7 +98,7 @@ def load_dataset(
         HarnessError: no network for a download, damaged files, a missing dependency.
     """
     _check_arguments(attack_images, evaluation_images, seed)
-    source = _read(name, data_dir, progress)
+    source = _read(name, data_dir, planning, progress)
     train, calibration = _training_roles(source, seed)
     attack = train
     if attack_images < len(train):
@@ -147,11 +150,11 @@ def _check_arguments(attack_images: int, evaluation_images: int | None, seed: in
             raise UsageError(f"{what} is {value}: it must be at least {least}")
 
 
-def _read(name: str, data_dir: Path | None, progress: Progress | None) -> Source:
+def _read(name: str, data_dir: Path | None, planning: bool, progress: Progress | None) -> Source:
     if name == "digits":
         return read_digits()
     if name in OFFICIAL:
-        return read_official(name, data_dir=data_dir, progress=progress)
+        return read_official(name, data_dir=data_dir, planning=planning, progress=progress)
     try:
         path = Path(name).expanduser()
         if path.suffix.lower() == ".npz":

@@ -47,6 +47,8 @@ class Context:
     reporter: Reporter = field(default_factory=Silent)
     deadline: Deadline = field(default_factory=Deadline)
     """When `build` stops; by default never."""
+    planning: bool = False
+    """Nothing is built, and nothing downloaded to be counted: see `load_dataset`."""
     loaded: Dataset | None = None
     """The data set, where it is in memory already."""
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class Context:
             attack_images=config.craft.attack_images,
             evaluation_images=config.eval.images or None,
             seed=config.seed,
+            planning=self.planning,
             progress=self.reporter.note,
         )
 
@@ -89,6 +92,7 @@ class Context:
 
     def build(self, tasks: Sequence[Task]) -> int:
         """Run what is not done yet, side by side where that pays. Returns how many were run."""
+        assert not self.planning  # its images may be zeros
         return run_tasks(tasks, self.reporter, jobs=self.jobs, deadline=self.deadline)
 
     @property

@@ -249,6 +249,26 @@ def test_plan_of_an_empty_workspace(run: Run, empty: Path) -> None:
     assert snapshot(empty) == before
 
 
+@pytest.mark.parametrize("command", ["plan", "run --dry-run", "export --all --dry-run"])
+def test_plan_before_the_data_is_there(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "empty"
+    new = ("init", "--preset", "paper", "--dataset", "cifar10", "--workspace", "empty")
+    succeeded(run(*new, cwd=tmp_path))
+    before = snapshot(tmp_path)
+    outcome = succeeded(run(*command.split(), "--accelerator", "cpu", "--json", cwd=folder))
+    tasks = {task["task"]: task for task in json.loads(outcome.out)}
+    assert not any(task["cached"] for task in tasks.values())
+    # 160 epochs of 49,000 images at 3.5 forward passes, beside an export at 1,500 in all.
+    ratio = tasks["train full"]["estimated_seconds"] / tasks["export full"]["estimated_seconds"]
+    assert ratio == pytest.approx(3.5 * 160 * 49_000 / 1500, rel=0.1)  # printed to tenths
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("CIFAR-10 is not yet in ")
+    assert snapshot(tmp_path) == before
+
+
 def test_plan_of_a_finished_workspace(run: Run, workspace: Path) -> None:
     before = artefacts(workspace)
     tasks = json.loads(succeeded(run("plan", "--json", cwd=workspace)).out)

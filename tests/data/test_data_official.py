@@ -7,6 +7,7 @@ import functools
 import hashlib
 import http.server
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -181,12 +182,94 @@ def test_svhn_as_published(svhn):
     ) == contents(held["train"])
 
 
+# --- plans -------------------------------------------------------------------------------------
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "images"),
+    [
+        ("cifar10", "CIFAR-10", {"train": 49_000, "calibration": 1_000, "evaluation": 10_000}),
+        ("svhn", "SVHN", {"train": 72_257, "calibration": 1_000, "evaluation": 26_032}),
+    ],
+)
+def test_a_plan_takes_the_published_sizes_of_what_is_not_there(
+    name, title, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a plan connects"))
+    said = []
+    d = load(name, tmp_path / "nothing", said, planning=True, attack_images=5000)
+    assert {role: len(getattr(d, role)) for role in images} == images
+    for split in (d.train, d.calibration, d.attack, d.evaluation):
+        assert split.images.shape == (len(split), 3, 32, 32)
+        assert not split.images.any()
+    assert len(d.attack) == 5000
+    assert np.bincount(d.attack.labels).tolist() == [500] * 10
+    assert (d.name, len(d.classes), d.flip) == (name, 10, name == "cifar10")
+    assert said == [
+        f"{title} is not yet in {tmp_path / 'nothing'}: planned from its published sizes, as if "
+        "nothing were trained; harness run downloads it first"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_what_is_there_is_of_the_real_images(cifar10, svhn):
+    for name, folder in (("cifar10", cifar10[0] / "batches"), ("svhn", svhn[0])):
+        said = []
+        d = load(name, folder, said, planning=True)
+        assert d.fingerprint == load(name, folder).fingerprint
+        assert said == []
+
+
+def test_a_plan_unpacks_nothing(cifar10):
+    folder, said = cifar10[0] / "archive", []
+    before = files(folder)
+    d = load("cifar10", folder, said, planning=True)
+    assert len(d.evaluation) == 10_000
+    assert [line.partition(":")[0] for line in said] == [f"CIFAR-10 is still packed in {folder}"]
+    assert said[0].endswith("harness run unpacks it first")
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("damage", ["batch", "archive", "svhn", "half of svhn"])
+def test_a_plan_of_damaged_files_fetches_nothing(
+    damage, cifar10, svhn, server, monkeypatch, datasets
+):
+    """A server is there, and has what would mend them."""
+    folder = cifar10[0] / "held"
+    if damage == "batch":
+        shutil.copytree(cifar10[0] / "batches", folder)
+        path = folder / "cifar-10-batches-py" / "data_batch_3"
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        folder.mkdir()
+        archive = cifar10[0] / "archive" / "cifar-10-python.tar.gz"
+        if damage == "archive":
+            (folder / archive.name).write_bytes(archive.read_bytes()[:-1])
+        else:
+            shutil.copy(svhn[0] / "train_32x32.mat", folder)
+        if damage == "svhn":
+            (folder / "test_32x32.mat").write_bytes(b"no")
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server}/cifar-10-python.tar.gz")
+    before = files(folder)
+    name = "svhn" if "svhn" in damage else "cifar10"
+    title = {"svhn": "SVHN", "cifar10": "CIFAR-10"}[name]
+    assert error(name, folder, planning=True).startswith(
+        f"{title} is incomplete or damaged in {folder}, and a plan downloads nothing: let harness "
+        "run fetch it anew, or put "
+    )
+    assert files(folder) == before
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 
-def error(name, folder):
+def error(name, folder, **changes):
     with pytest.raises(HarnessError) as caught:
-        load(name, folder)
+        load(name, folder, **changes)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     return str(caught.value)
