@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--verify",
     is_flag=True,
-    help="Build nothing: prove anew that what is exported is what was trained.",
+    help="Build nothing: prove anew that what is exported is what was trained; with --compat, the "
+    "compat file.",
 )
 @click.option(
     "--images",
@@ -86,17 +87,22 @@ def export(
     --check reads ONNX files made here or elsewhere, without running them; it ends with 1 when one
     of them computes wrong results somewhere, or cannot run. --verify takes checkpoint, file and
     manifest, and runs both models on clean and attacked images, with 1 and 2 threads, batch 1 and
-    128, graph optimisations on and off; it ends with 1 when anything does not hold.
+    128, graph optimisations on and off; it ends with 1 when anything does not hold. With --compat
+    it proves the files that --compat wrote.
 
     \b
     Examples:
       harness export --all
       harness export --all --tune
       harness export --verify --model q4
+      harness export --verify --compat --model q4
       harness export --check theirs.onnx
     """
-    if sum((bool(checked), verify, tune, compat)) > 1:
-        raise UsageError("--check, --verify, --tune and --compat exclude each other: give one")
+    if sum((bool(checked), tune, verify or compat)) > 1:
+        raise UsageError(
+            "--check, --verify, --tune and --compat exclude each other, but for --verify --compat: "
+            "give one, or those two"
+        )
     source = click.get_current_context().get_parameter_source("images")
     if not verify and source is click.core.ParameterSource.COMMANDLINE:
         raise UsageError("--images belongs to --verify")
@@ -110,7 +116,9 @@ def export(
     if verify:
         if dry_run:
             raise UsageError("--verify builds nothing: leave out --dry-run")
-        _verify(root, accelerator, data_dir, variants, images=images, as_json=as_json)
+        _verify(
+            root, accelerator, data_dir, variants, images=images, compat=compat, as_json=as_json
+        )
         return
 
     def tasks(context: Context) -> tuple[list[Task], list[Path]]:
@@ -135,6 +143,7 @@ def _verify(
     variants: list[str],
     *,
     images: int,
+    compat: bool,
     as_json: bool,
 ) -> None:
     """Print proofs of exported variants; exit with 1 when one does not hold."""
@@ -143,7 +152,7 @@ def _verify(
 
     workspace = existing_or_new_workspace(root)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
-    proofs = prove_all(context, variants, images=images)
+    proofs = prove_all(context, variants, images=images, compat=compat)
     print_proofs(proofs, as_json=as_json)
     if any(proof.problems for proof in proofs):
         click.get_current_context().exit(1)

@@ -33,7 +33,7 @@ def print_proofs(proofs: Sequence[Proof], *, as_json: bool) -> None:
 
 def _paragraph(proof: Proof) -> str:
     agreement = proof.agreement
-    lines = [f"{proof.variant}: {'NOT PROVED' if proof.problems else 'proved'}"]
+    lines = [f"{proof.file.removesuffix('.onnx')}: {'NOT PROVED' if proof.problems else 'proved'}"]
     lines += [f"  {problem}" for problem in proof.problems]
     if agreement is None:
         return "\n".join(lines)

@@ -44,6 +44,8 @@ class Proof:
     """What was checked of one exported variant, and what did not hold."""
 
     variant: str
+    file: str
+    """Name of the ONNX file."""
     sha256: str
     """Of the ONNX file."""
     checkpoint_sha256: str
@@ -59,32 +61,35 @@ class Proof:
     """Why the manifest does not hold; empty when all of it does."""
 
 
-def prove_all(context: Context, variants: list[str], *, images: int) -> list[Proof]:
-    """Prove several variants, telling the context's reporter how far it is.
+def prove_all(
+    context: Context, variants: list[str], *, images: int, compat: bool = False
+) -> list[Proof]:
+    """Prove several variants, telling the context's reporter how far it is; see `prove`.
 
     Raises:
         UsageError: one of them is not exported.
     """
-    for variant in variants:
-        _exported(context, variant)
+    files = [_exported(context, variant, compat=compat)[0] for variant in variants]
     proofs: list[Proof] = []
     tasks = [
         Task(
             stage="verify",
-            name=f"verify {variant}",
+            name=f"verify {path.stem}",
             work=1.0,
             is_done=lambda: False,
             run=lambda progress, variant=variant: proofs.append(  # type: ignore[misc]
-                prove(context, variant, images=images, progress=progress)
+                prove(context, variant, images=images, compat=compat, progress=progress)
             ),
         )
-        for variant in variants
+        for variant, path in zip(variants, files, strict=True)
     ]
     context.build(tasks)
     return proofs
 
 
-def prove(context: Context, variant: str, *, images: int, progress: Progress) -> Proof:
+def prove(
+    context: Context, variant: str, *, images: int, compat: bool = False, progress: Progress
+) -> Proof:
     """Check hashes, cost card and agreement of one exported variant.
 
     Args:
@@ -92,16 +97,17 @@ def prove(context: Context, variant: str, *, images: int, progress: Progress) ->
         variant: its name.
         images: how many images to use, from the training images (the largest split; labels and
             training do not matter here). Each is used clean and attacked.
+        compat: the file that `export --compat` wrote, instead of the one that is deployed.
         progress: told how far it is.
 
     Raises:
         UsageError: the variant is not exported.
     """
     use_cpu_threads(CPU_THREADS)
-    onnx_path, checkpoint_path = _exported(context, variant)
+    onnx_path, checkpoint_path = _exported(context, variant, compat=compat)
     problems: list[str] = []
     content = onnx_path.read_bytes()
-    problems += _manifest_problems(context, variant, content)
+    problems += _manifest_problems(context, variant, onnx_path, content, compat=compat)
     trained = load_checkpoint(checkpoint_path).build()
     deployed = deployed_form(trained)
     clean = context.data.train.images[:images]
@@ -131,6 +137,7 @@ def prove(context: Context, variant: str, *, images: int, progress: Progress) ->
         problems.append(agreement.reason)
     return Proof(
         variant=variant,
+        file=onnx_path.name,
         sha256=context.sha256(onnx_path),
         checkpoint_sha256=context.sha256(checkpoint_path),
         images_clean=len(clean),
@@ -166,17 +173,21 @@ def _compare(
     )
 
 
-def _exported(context: Context, variant: str) -> tuple[Path, Path]:
+def _exported(context: Context, variant: str, *, compat: bool) -> tuple[Path, Path]:
     """(ONNX file, checkpoint) of a variant that has both."""
-    paths = context.workspace.onnx(variant), context.workspace.checkpoint(variant)
+    workspace = context.workspace
+    onnx = workspace.compat_onnx(variant) if compat else workspace.onnx(variant)
+    paths = onnx, workspace.checkpoint(variant)
+    options = f"--compat --model {variant}" if compat else f"--model {variant}"
     for path in paths:
         if not path.exists():
-            raise UsageError(f"no {path}: run `harness export --model {variant}` first")
+            raise UsageError(f"no {path}: run `harness export {options}` first")
     return paths
 
 
-def _manifest_problems(context: Context, variant: str, content: bytes) -> list[str]:
-    path = context.workspace.onnx(variant)
+def _manifest_problems(
+    context: Context, variant: str, path: Path, content: bytes, *, compat: bool
+) -> list[str]:
     try:
         manifest: dict[str, Any] = load_manifest(path)  # the file's hash is checked here
         claimed = manifest_cost(manifest)
@@ -186,7 +197,9 @@ def _manifest_problems(context: Context, variant: str, content: bytes) -> list[s
     checkpoint_sha256 = context.sha256(context.workspace.checkpoint(variant))
     if manifest["metadata"].get("checkpoint_sha256") != checkpoint_sha256:
         problems.append("the manifest names another checkpoint: export the variant again")
-    if manifest["metadata"].get("key") != export_key(context, variant_named(variant)):
+    if manifest["metadata"].get("key") != export_key(
+        context, variant_named(variant), compat=compat
+    ):
         problems.append("harness.toml asks for another file than this: export the variant again")
     if cost_card(content, image_shape=context.image_shape) != claimed:
         problems.append("the manifest's cost card is not what the file costs: export again")

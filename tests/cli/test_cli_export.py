@@ -10,7 +10,17 @@ from typing import Any
 
 import onnx
 import pytest
-from cli_cases import Outcome, Tiny, artefacts, contents, edit, succeeded, table, written
+from cli_cases import (
+    Outcome,
+    Tiny,
+    artefacts,
+    contents,
+    edit,
+    error_line,
+    succeeded,
+    table,
+    written,
+)
 
 from harness.records import PAPER_ORDER
 
@@ -27,6 +37,7 @@ def test_verify_proves_every_variant_from_its_files(run: Run, workspace: Path) -
         assert proof["proved"] is True
         assert proof["problems"] == []
         assert (proof["images_clean"], proof["images_attacked"]) == (12, 12)
+        assert proof["file"] == f"{proof['variant']}.onnx"
         assert proof["attacked_by"] == f"{proof['variant']}_eps10.pt"
         settings = {tuple(how.values()) for how in agreement["settings"]}
         assert settings == {(t, o, b) for t in (1, 2) for o in (True, False) for b in (1, 128)}
@@ -85,6 +96,42 @@ def test_verify_needs_an_export(run: Run, empty: Path) -> None:
     assert outcome.code == 2
     assert "harness export --model sfp" in outcome.err
     assert not (empty / "cache").exists()
+
+
+def test_verify_proves_the_compat_file(run: Run, workspace: Path) -> None:
+    succeeded(run("export", "--compat", "--model", "q4", cwd=workspace))
+    before = artefacts(workspace)
+    command = ("export", "--verify", "--compat", "--model", "q4", "--images", 8)
+    said = succeeded(run(*command, cwd=workspace)).out
+    assert said.startswith("q4_compat: proved\n")
+    (proof,) = json.loads(succeeded(run(*command, "--json", cwd=workspace)).out)
+    assert (proof["variant"], proof["file"]) == ("q4", "q4_compat.onnx")
+    assert proof["proved"] is True
+    file = workspace / "cache" / "q4_compat.onnx"
+    assert proof["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert proof["sha256"] != hashlib.sha256((workspace / "cache/q4.onnx").read_bytes()).hexdigest()
+    assert proof["agreement"]["code_mismatches"] == 0
+    assert proof["agreement"]["codes_compared"] > 0
+    assert len(proof["margins"]) == 19
+    assert artefacts(workspace) == before
+    # The packed file under its name, manifest and all, is found out.
+    for end in ("onnx", "json"):
+        (workspace / f"cache/q4_compat.{end}").write_bytes(
+            (workspace / f"cache/q4.{end}").read_bytes()
+        )
+    outcome = run(*command, cwd=workspace)
+    assert outcome.code == 1
+    assert outcome.out.startswith("q4_compat: NOT PROVED\n")
+    assert "harness.toml asks for another file" in outcome.out
+
+
+def test_verify_needs_the_compat_file(run: Run, workspace: Path) -> None:
+    outcome = run("export", "--verify", "--compat", "--model", "q4", cwd=workspace)
+    assert outcome.code == 2
+    assert error_line(outcome) == (
+        "error: no cache/q4_compat.onnx: run `harness export --compat --model q4` first"
+    )
+    assert outcome.out == ""
 
 
 def test_compat_writes_plain_bytes_beside_the_experiment(run: Run, workspace: Path) -> None:
@@ -165,6 +212,8 @@ def contents_only(state: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int
     [
         (["--verify", "--tune", "--all"], "exclude each other"),
         (["--compat", "--check", "x.onnx"], "exclude each other"),
+        (["--compat", "--tune", "--verify", "--all"], "exclude each other"),
+        (["--compat", "--tune", "--all"], "exclude each other"),
         (["--verify", "--all", "--dry-run"], "--dry-run"),
         (["--all", "--images", "5"], "--images belongs to --verify"),
         (["--tune", "--model", "full"], "name q2, q3 or q4"),
