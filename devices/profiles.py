@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
@@ -221,7 +221,12 @@ def _refuse_unknown(settings: Mapping[str, Any], known: tuple[str, ...], *, wher
 
 
 def add_profile(
-    user_file: Path, name: str, *, like: str | None = None, **settings: Any
+    user_file: Path,
+    name: str,
+    *,
+    like: str | None = None,
+    unset: Collection[str] = (),
+    **settings: Any,
 ) -> tuple[Profile, bool]:
     """Write a device into the user's file; of the user's own one of that name, the rest stays.
 
@@ -229,6 +234,7 @@ def add_profile(
         user_file: the file; made when missing.
         name: of the device; a built-in one's name puts the user's board in its place.
         like: the built-in device whose settings apply where `settings` is silent.
+        unset: fields to take out of the user's file, set there or not; LIKE is one.
         **settings: fields of `Profile`; None is left as it is.
 
     Returns:
@@ -237,12 +243,12 @@ def add_profile(
     Raises:
         UsageError: a value out of range, or a file that cannot be read or written.
     """
-    given = {LIKE: like, **settings}
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: v for key, v in {LIKE: like, **settings}.items() if v is not None}
     _overlaid(name, given)  # what is wrong with the request, before any file is touched
 
     def table(own: Tables) -> dict[str, Any]:
-        return {**own.get(name, {}), **given}
+        kept = {key: value for key, value in own.get(name, {}).items() if key not in unset}
+        return {**kept, **given}
 
     def with_it(text: str) -> str:
         settings = table(tomllib.loads(text))

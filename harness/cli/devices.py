@@ -69,6 +69,18 @@ def _described(profile: Profile, *, own: bool) -> dict[str, Any]:
     return {**asdict(profile), **facts}
 
 
+UNSETTABLE = {
+    "port": "port",
+    "threads": "threads",
+    "budget": "budget_s",
+    "cooling": "cooling_c",
+    "energy-sensor": "energy_sensor",
+    "remote-root": "remote_root",
+    "like": "like",
+}
+"""Option of `add` that a board does without -> its key in the user's file."""
+
+
 @devices.command("add")
 @click.argument("name")
 @click.option(
@@ -88,21 +100,39 @@ def _described(profile: Profile, *, own: bool) -> dict[str, Any]:
 @click.option("--energy-sensor", metavar="PATH", help="A file there, in microwatts or -joules.")
 @click.option("--remote-root", metavar="FOLDER", help="The harness's folder there.")
 @click.option("--like", metavar="DEVICE", help="The built-in device it resembles most.")
+@click.option(
+    "--unset",
+    "unset",
+    multiple=True,
+    type=click.Choice(list(UNSETTABLE)),
+    metavar="OPTION",
+    help=f"Take an option back that was given before: {', '.join(UNSETTABLE)}; may be repeated.",
+)
 @json_option
-def add(name: str, like: str | None, as_json: bool, **settings: Any) -> None:
+def add(
+    name: str, like: str | None, unset: tuple[str, ...], as_json: bool, **settings: Any
+) -> None:
     """Add a board of your own, or put one in the place of a built-in device.
 
-    Adding one of your own again changes what is given and keeps the rest.
+    Adding one of your own again changes what is given, takes back what --unset names, and keeps
+    the rest.
 
     \b
     Examples:
       harness devices add rpi4 --host pi@raspberrypi.local
       harness devices add porch --host pi@192.168.1.7 --port 2222 --like rpi5 --budget 10m
+      harness devices add porch --host pi@porch --unset port --unset budget
     """
     from devices.profiles import add_profile, own_settings, user_file
+    from harness.records import UsageError
 
+    given = {"like": like, **settings}
+    for option in unset:
+        if given[UNSETTABLE[option]] is not None:
+            raise UsageError(f"--{option} and --unset {option} exclude each other: give one")
     path = user_file()
-    profile, replaced = add_profile(path, name, like=like, **settings)
+    taken = {UNSETTABLE[option] for option in unset}
+    profile, replaced = add_profile(path, name, unset=taken, **given)
     click.echo(f"{'changed' if replaced else 'added'} {name} in {path}", err=True)
     now = ", ".join(f"{key} {value}" for key, value in own_settings(path)[name].items())
     click.echo(f"now set: {now}", err=True)

@@ -71,9 +71,31 @@ def test_a_board_comes_and_goes(run: Run, tmp_path: Path, own: Path) -> None:
     assert listed(run, tmp_path)["rpi4"]["emulated"]
 
 
+def test_every_option_can_be_taken_back(run: Run, tmp_path: Path, own: Path) -> None:
+    settings = {"port": 2222, "threads": 3, "budget": "10m", "cooling": 50, "like": "rpi5"}
+    settings |= {"energy-sensor": "/sys/power", "remote-root": "here"}
+    command = ("devices", "add", "porch", "--host", "porch")
+    succeeded(run(*command, cwd=tmp_path))
+    plain = listed(run, tmp_path)["porch"]
+    given = [word for option, value in settings.items() for word in (f"--{option}", value)]
+    succeeded(run(*command, *given, cwd=tmp_path))
+    before = listed(run, tmp_path)["porch"]
+    one = succeeded(run(*command, "--unset", "port", cwd=tmp_path))
+    assert "now set: host porch, like rpi5, threads 3, budget_s 600.0, cooling_c 50.0" in one.err
+    after = {**before, "port": None, "runs": "over SSH: porch"}
+    assert listed(run, tmp_path)["porch"] == after
+    rest = [word for option in settings for word in ("--unset", option)]
+    succeeded(run(*command, *rest, cwd=tmp_path))
+    assert listed(run, tmp_path)["porch"] == plain
+    assert own.read_text() == '[porch]\nhost = "porch"\n'
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
+        ("add porch --host board --unset host", "'host' is not one of 'port', 'threads'"),
+        ("add porch --host board --port 22 --unset port", "--port and --unset port exclude"),
+        ("add porch --host board --budget 9m --unset budget", "--budget and --unset budget exc"),
         ("add porch", "Missing option '--host'"),
         ("add porch --host=-oProxyCommand=x", "host must be"),
         ("add porch --host pi@a;b", "host must be"),

@@ -59,6 +59,36 @@ def test_one_own_board_takes_a_built_in_one_s_place(mine: Path) -> None:
     assert device_named("rpi4").emulated
 
 
+def test_what_was_set_once_can_be_taken_back(mine: Path) -> None:
+    mine.parent.mkdir(parents=True)
+    others = '# the other\n[attic]\nhost = "attic"\nport = 22\n'
+    mine.write_text(others)
+    add_profile(mine, "porch", host="porch", port=2222, cooling_c=70.0, like="rpi5")
+    changed, replaced = add_profile(mine, "porch", host="porch", unset={"port", "like"})
+    assert replaced
+    # As if neither had ever been given.
+    assert tomllib.loads(mine.read_text())["porch"] == {"host": "porch", "cooling_c": 70.0}
+    assert changed == profiles(mine)["porch"]
+    assert changed == replace(
+        built_in()["arm64"], name="porch", title=changed.title, host="porch", cooling_c=70.0
+    )
+    assert mine.read_text().startswith(others)
+    # Set or not, it is not set afterwards.
+    again, _ = add_profile(mine, "porch", host="porch", unset={"port", "threads"})
+    assert again == changed
+    new, replaced = add_profile(mine, "cellar", host="cellar", unset={"port"})
+    assert (new.port, replaced) == (None, False)
+
+
+def test_unsetting_mends_a_value_that_the_user_got_wrong(mine: Path) -> None:
+    mine.parent.mkdir(parents=True)
+    mine.write_text('[porch]\nhost = "porch"\nport = 0\n')
+    with pytest.raises(UsageError, match="correct it"):
+        add_profile(mine, "porch", host="porch")
+    add_profile(mine, "porch", host="porch", unset={"port"})
+    assert profiles(mine)["porch"].port is None
+
+
 def test_another_name_is_like_any_board_unless_it_says(mine: Path) -> None:
     plain, _ = add_profile(mine, "porch", host="porch")
     assert (plain.threads, plain.emulate) == (4, None)
