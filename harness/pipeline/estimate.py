@@ -31,7 +31,7 @@ class Rates:
 
     def seconds(self, task: Task) -> float:
         """What a task takes, alone on what it needs."""
-        return task.work * self.accelerator + task.core_work * self.core + task.seconds
+        return task.work * self.accelerator + task.core_work * self.core + task.known_s
 
 
 def measured_rates(context: Context) -> Rates:

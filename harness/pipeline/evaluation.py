@@ -122,7 +122,12 @@ def evaluate_task(
     beside = device.name == "local" and not budget.limited
     threads = threads_for(context) if beside else None
     whole = 1 + len(uap_paths)
-    cost = _Cost.of(whole, whole, images=len(context.data.evaluation), budget=budget)
+    images = len(context.data.evaluation)
+    on_cores, known_s = DEVICE_COST * whole * budget.of(images), 0.0
+    if budget.seconds is not None:
+        known_s, on_cores = budget.seconds, 0.0
+        if device.name == "local":  # how slow another is, nobody knows before it is asked
+            known_s = min(known_s, DEVICE_COST * whole * images / FORWARDS_PER_SECOND)
 
     def is_done() -> bool:
         if not victim.onnx.exists() or any(not path.exists() for path in uap_paths):
@@ -133,43 +138,27 @@ def evaluate_task(
             plan = _plan(context, store, victim, uap_paths, device, budget)
         return not plan.in_torch and plan.finished
 
-    return Task(
+    task = Task(
         stage="evaluate",
         name=f"attack {victim.name} on {device.name}",
-        work=cost.in_torch,
-        core_work=cost.on_cores,
-        seconds=cost.seconds,
+        work=float(whole * images) if victim.checkpoint else 0.0,
+        core_work=on_cores,
+        known_s=known_s,
         is_done=is_done,
         run=lambda progress: evaluate(
-            context, victim, uap_paths, device, budget, progress, threads=threads
+            context,
+            victim,
+            uap_paths,
+            device,
+            budget,
+            progress,
+            threads=threads,
+            torch_share=task.work / task.weight if task.weight else 0.0,
         ),
         beside="cores" if beside else None,
         after=tuple(f"craft {path.stem}" for path in uap_paths),
     )
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """Of one model's evaluation, in the units of `Task`."""
-
-    in_torch: float
-    on_cores: float
-    seconds: float
-
-    @staticmethod
-    def of(in_torch: int, on_device: int, *, images: int, budget: Budget) -> _Cost:
-        """Of so many conditions in PyTorch, on all images, and on the device, within the budget."""
-        on_cores = DEVICE_COST * on_device * budget.of(images)
-        if budget.seconds is None:
-            return _Cost(in_torch * images, on_cores, 0.0)
-        # A budget is a limit: on a fast device all images take less.
-        seconds = min(budget.seconds, on_cores / FORWARDS_PER_SECOND)
-        return _Cost(in_torch * images, 0.0, seconds)
-
-    @property
-    def share_in_torch(self) -> float:
-        total = self.in_torch + self.on_cores + FORWARDS_PER_SECOND * self.seconds
-        return self.in_torch / total if total else 0.0
+    return task
 
 
 def threads_for(context: Context) -> int | None:
@@ -186,6 +175,7 @@ def evaluate(
     progress: Progress,
     *,
     threads: int | None = None,
+    torch_share: float = 0.5,
 ) -> None:
     """Measure what the store lacks, and store it.
 
@@ -197,6 +187,7 @@ def evaluate(
         budget: how long.
         progress: told how far it is.
         threads: of PyTorch and onnxruntime both; None: as usual. Predictions do not depend on it.
+        torch_share: how far it is when PyTorch is done, whether now or before.
     """
     use_cpu_threads(threads or CPU_THREADS)
     with context.open_store() as store:
@@ -205,16 +196,13 @@ def evaluate(
         register(context, store, [victim], attacks)
         by_sha256 = {attack.record.sha256: attack for attack in attacks}
         plan = _plan(context, store, victim, uap_paths, device, budget)
-        cost = _Cost.of(
-            len(plan.in_torch),
-            1 + len(uap_paths),
-            images=len(context.data.evaluation),
-            budget=budget,
-        )
-        on_torch = cost.share_in_torch
+        lacking = len(plan.in_torch)
+        begin = torch_share * (1 - lacking / (1 + len(uap_paths)))
         # PyTorch first: what it says of the whole set makes the device's sample say more.
         if plan.in_torch:
-            meter = _Meter(len(plan.in_torch), lambda done, note: progress(done * on_torch, note))
+            meter = _Meter(
+                lacking, lambda done, note: progress(begin + done * (torch_share - begin), note)
+            )
             _in_torch(context, store, victim, model, plan.in_torch, by_sha256, meter)
             plan = _plan(context, store, victim, uap_paths, device, budget)
         if not plan.finished:
@@ -229,7 +217,7 @@ def evaluate(
                 device,
                 plan.sample,
                 deltas,
-                lambda done, note: progress(on_torch + done * (1 - on_torch), note),
+                lambda done, note: progress(torch_share + done * (1 - torch_share), note),
                 threads=threads,
             )
 

@@ -55,7 +55,7 @@ def latency_task(
         stage="latency",
         name=f"latency on {device.name} ({settings.mode})",
         work=0.0,
-        seconds=settings.processes * seconds * len(victims),
+        known_s=settings.processes * seconds * len(victims),
         is_done=lambda: _rounds_done(context, victims, device, settings) >= settings.processes,
         run=lambda progress: _measure(context, victims, device, uap, settings, progress),
     )
@@ -102,6 +102,7 @@ def _measure(
     images = context.data.evaluation.images
     total = settings.processes * len(victims)
     done = _rounds_done(context, victims, device, settings)
+    progress(done / settings.processes, "")
     lives: set[tuple[str, str | None]] = set()  # machines and boots met
     while done < settings.processes:
         base = done * len(victims)

@@ -212,6 +212,7 @@ def sample_on_device(
         DeviceUnreachable: the device stayed away; the message says how much is safe.
     """
     images = context.data.evaluation.images
+    progress(_fraction(sample), "")  # from here on the device's time passes
     with device.open() as session:
         session.load(model, threads=threads or context.config.eval.threads)
         session.set_images(images[sample.order])

@@ -28,7 +28,7 @@ Progress = Callable[[float, str], None]
 Shared = Literal["accelerator", "cores"]
 """What tasks beside each other share: where PyTorch runs, or the processor's cores."""
 FORWARDS_PER_SECOND = 1000.0
-"""Turns seconds into work while nothing was measured; corrected as tasks finish."""
+"""Weighs seconds against forward passes as long as no rate is known, and in bars."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,24 @@ class Task:
     """Names of tasks beside it whose artefacts it needs."""
     core_work: float = 0.0
     """What it costs besides, in PyTorch's forward passes of one image on one core."""
-    seconds: float = 0.0
-    """What it takes besides on any machine: a protocol's, or a budget."""
+    known_s: float = 0.0
+    """Seconds after its work that something else than the machine decides: a time budget, a latency
+    protocol. When they begin, the task says that it is as far as `work_share`."""
 
     @property
-    def size(self) -> float:
-        """All of it in one number, for shares; only ratios matter."""
-        return self.work + self.core_work + FORWARDS_PER_SECOND * self.seconds
+    def forwards(self) -> float:
+        """Its work, wherever it is done."""
+        return self.work + self.core_work
+
+    @property
+    def weight(self) -> float:
+        """All of it, as forward passes."""
+        return self.forwards + self.known_s * FORWARDS_PER_SECOND
+
+    @property
+    def work_share(self) -> float:
+        """The fraction of the task that is work; the rest is known seconds."""
+        return self.forwards / self.weight if self.weight else 1.0
 
 
 class Reporter(Protocol):
@@ -227,4 +238,4 @@ class _Crew:
 def _chain_work(task: Task, tasks: list[Task]) -> float:
     """Work of the longest chain of tasks that starts with this one."""
     following = (t for t in tasks if task.name in t.after)
-    return task.size + max((_chain_work(t, tasks) for t in following), default=0.0)
+    return task.weight + max((_chain_work(t, tasks) for t in following), default=0.0)

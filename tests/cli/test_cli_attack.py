@@ -154,6 +154,25 @@ def test_a_missing_targeted_uap_and_a_control(run: Run, workspace: Path) -> None
         assert (255 * content["delta"]).round().abs().max() == 7  # whole levels within 7.5
 
 
+def test_a_dry_run_with_a_budget_says_so_long(
+    run: Run, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(workspace))  # no board of somebody's
+    command = ("attack-device", "--uap", "cache/full_eps4.pt", "--model", "q2", "--model", "q3")
+    dry = ("--dry-run", "--json")
+
+    def seconds(*options: str) -> list[float]:
+        tasks = json.loads(succeeded(run(*command, *options, *dry, cwd=workspace)).out)
+        return [t["estimated_seconds"] for t in tasks if t["stage"] == "evaluate"]
+
+    # 200 forward passes of PyTorch are a second at most.
+    for value in seconds("--device", "rpi4", "--budget", "10m"):
+        assert 300 <= value <= 301
+    assert seconds("--device", "rpi4") == [pytest.approx(150, abs=1.0)] * 2
+    # This machine is not that slow.
+    assert all(value <= 2 for value in seconds("--device", "local", "--budget", "10m"))
+
+
 def test_a_dry_run_only_says_what_it_would_do(run: Run, workspace: Path) -> None:
     before = artefacts(workspace)
     command = ("attack-device", "--model", "full", "--uap", "cache/q4_eps6.pt")

@@ -448,11 +448,13 @@ def test_latency_is_measured_and_reported(run: Callable[..., Outcome], workspace
     uap = context.workspace.cache / "full_eps4.pt"
     task = latency_task(context, [variant_victim(context, "q4")], LocalDevice(), uap=uap)
     assert not task.is_done()
+    # Five processes of one model: 0.1 s to warm up, 0.25 s measured, a second to start each.
+    assert (task.work, task.known_s) == (0.0, pytest.approx(5 * (0.1 + 0.25 + 1.0)))
     seen: list[float] = []
     task.run(lambda fraction, _note: seen.append(fraction))
     assert task.is_done()
     assert seen == sorted(seen)
-    assert seen[-1] == 1.0
+    assert (seen[0], seen[-1]) == (0.0, 1.0)
     outcome = succeeded(run("results", "--json", cwd=workspace))
     for row in json.loads(outcome.out):
         timed = row["variant"] == "q4" and row["runtime"] == "onnxruntime"

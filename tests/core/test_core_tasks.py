@@ -235,5 +235,5 @@ def test_one_gpu_and_many_cores_are_counted_apart() -> None:
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e4))
 def test_each_kind_of_cost_has_its_own_rate(work: float, core_work: float, seconds: float) -> None:
-    one = Task("x", "x", work, lambda: False, idle, core_work=core_work, seconds=seconds)
+    one = Task("x", "x", work, lambda: False, idle, core_work=core_work, known_s=seconds)
     assert Rates(0.25, 0.5).seconds(one) == work / 4 + core_work / 2 + seconds
