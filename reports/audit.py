@@ -33,12 +33,11 @@ class Finding:
     eps: float | None
     """The budget of its perturbations; None where images are clean."""
     units: int
-    reference_units: int
     rate: float
     reference_rate: float
     difference: Estimate
     each: tuple[float, ...]
-    """Difference of every pair of units; empty where units are not paired."""
+    """Difference of every pair of units."""
     p_adjusted: float
 
     @property
@@ -58,8 +57,8 @@ class Answer:
 
     question: Question
     findings: tuple[Finding, ...]
-    missing: tuple[str, ...]
-    """Labels of contrasts that were not measured."""
+    missing: tuple[tuple[str, float | None], ...]
+    """Contrasts that were not measured, by label and budget."""
 
     @property
     def conclusion(self) -> str:
@@ -97,7 +96,7 @@ def _size(found: Finding) -> str:
     gap = found.difference
     low, high = 100 * gap.low, 100 * gap.high
     inside = f", inside \u00b1{100 * MARGIN:.0f} points" if found.verdict == "none" else ""
-    once = ", of one training run" if found.units == 1 else ""
+    once = ", of one run" if found.units == 1 else ""
     return f"{100 * gap.value:+.1f} points ({low:+.1f} to {high:+.1f}){inside}{once}"
 
 
@@ -112,7 +111,7 @@ def answers(
         budgets: in 1/255 units; every contrast under perturbations is one at each.
     """
     found: list[tuple[Question, Contrast, float | None, list[Any], list[Any], Estimate]] = []
-    missing: dict[str, list[str]] = {question.name: [] for question in questions}
+    missing: dict[str, list[tuple[str, float | None]]] = {q.name: [] for q in questions}
     asked = [
         (question, contrast, eps)
         for question in questions
@@ -120,24 +119,23 @@ def answers(
         for eps in ((None,) if contrast.is_clean else budgets)
     ]
     for question, contrast, eps in asked:
-        changed = _rates(contrast.changed, measured, eps)
-        reference = _rates(contrast.reference, measured, eps)
+        changed = _rates(contrast.changed, measured, eps, crossed=contrast.crossed[0])
+        reference = _rates(contrast.reference, measured, eps, crossed=contrast.crossed[1])
         if changed is None or reference is None:
-            missing[question.name].append(contrast.label)
+            missing[question.name].append((contrast.label, eps))
             continue
-        estimate = difference(np.stack(changed), np.stack(reference), same_seeds=contrast.paired)
+        estimate = difference(np.stack(changed), np.stack(reference), same_seeds=True)
         found.append((question, contrast, eps, changed, reference, estimate))
     adjusted = holm([estimate.p for *_, estimate in found])
     findings: dict[str, list[Finding]] = {question.name: [] for question in questions}
     for one, p in zip(found, adjusted, strict=True):
         question, contrast, eps, changed, reference, estimate = one
-        pairs = zip(changed, reference, strict=True) if contrast.paired else ()
+        pairs = zip(changed, reference, strict=True)
         findings[question.name].append(
             Finding(
                 label=contrast.label,
                 eps=eps,
                 units=len(changed),
-                reference_units=len(reference),
                 rate=float(np.mean([unit.mean() for unit in changed])),
                 reference_rate=float(np.mean([unit.mean() for unit in reference])),
                 difference=estimate,
@@ -145,20 +143,46 @@ def answers(
                 p_adjusted=p,
             )
         )
-    return [
-        Answer(q, tuple(findings[q.name]), tuple(dict.fromkeys(missing[q.name]))) for q in questions
+    return [Answer(q, tuple(findings[q.name]), tuple(missing[q.name])) for q in questions]
+
+
+def _rates(
+    units: Sequence[Unit], measured: Measured, eps: float | None, *, crossed: bool
+) -> list[Any] | None:
+    """[N] of every unit: the share of its meetings in which an image is wrong; None if unknown.
+
+    Crossed units share sources: they are replaced by the pseudo-values of their seeds.
+    """
+    cells: list[list[Any]] = [[measured(meeting, eps) for meeting in unit] for unit in units]
+    if any(cell is None for unit in cells for cell in unit):
+        return None
+    if crossed:
+        return _pseudo_values(cells)
+    return [np.mean(unit, axis=0) for unit in cells]
+
+
+def _pseudo_values(cells: Sequence[Sequence[Any]]) -> list[Any]:
+    """[N] of every seed: what it adds to the mean over all pairs, as a victim and as a source.
+
+    The mean over pairs of different seeds is a U-statistic, and seed s takes part in it twice. The
+    pseudo-values S * mean - (S - 1) * (mean without s) have the mean as their average, and spread
+    as independent seeds do (Arvesen 1969, "Jackknifing U-statistics").
+
+    Args:
+        cells: [S][S - 1] arrays [N]; row i is victim i, under the sources of the others in order.
+    """
+    seeds = len(cells)
+    pairs = {
+        (victim, other if other < victim else other + 1): np.asarray(cell, dtype=np.float64)
+        for victim, row in enumerate(cells)
+        for other, cell in enumerate(row)
+    }
+    whole = np.mean(list(pairs.values()), axis=0)
+    without = [
+        np.mean([cell for pair, cell in pairs.items() if s not in pair], axis=0)
+        for s in range(seeds)
     ]
-
-
-def _rates(units: Sequence[Unit], measured: Measured, eps: float | None) -> list[Any] | None:
-    """[N] of every unit: the share of its meetings in which an image is wrong; None if unknown."""
-    rates = []
-    for unit in units:
-        wrong = [measured(meeting, eps) for meeting in unit]
-        if any(one is None for one in wrong):
-            return None
-        rates.append(np.mean([one for one in wrong if one is not None], axis=0))
-    return rates
+    return [seeds * whole - (seeds - 1) * rest for rest in without]
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -168,8 +192,9 @@ METHOD = (
     " with 95 % intervals over images and units (hierarchical bootstrap); p-values are"
     f" Holm-adjusted over the whole audit. Less than \u00b1{100 * MARGIN:.0f} points is called"
     " no difference that matters.",
-    "A unit is what was trained, or crafted on, once. With one unit the interval covers images"
-    " only, not another training run.",
+    "A unit is what was trained, or crafted, once. With one unit the interval covers images only,"
+    " not another run. Where models meet the perturbations of all other seeds, a unit is a seed in"
+    " both of its parts (jackknife pseudo-values), since several models meet every perturbation.",
     "A model of ten classes that knows nothing errs on 90 %: rates near that leave no room for a"
     " difference, so \u201cno difference\u201d up there is of this budget only.",
 )
@@ -206,22 +231,23 @@ def markdown_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
     for answer in found:
         lines += [_row(answer.question.name, finding) for finding in answer.findings]
         lines += [
-            f"| {answer.question.name} | {label} | | | | | not measured | | | | |"
-            for label in answer.missing
+            f"| {answer.question.name} | {label} | {_budget(eps)} | | | | not measured | | | | |"
+            for label, eps in answer.missing
         ]
     return "\n".join(lines) + "\n"
 
 
+def _budget(eps: float | None) -> str:
+    return "clean" if eps is None else f"{eps:g}"
+
+
 def _row(question: str, finding: Finding) -> str:
     gap = finding.difference
-    units = f"{finding.units}"
-    if finding.reference_units != finding.units:
-        units += f" / {finding.reference_units}"
     cells = (
         question,
         finding.label,
-        "clean" if finding.eps is None else f"{finding.eps:g}",
-        units,
+        _budget(finding.eps),
+        f"{finding.units}",
         f"{100 * finding.rate:.1f}",
         f"{100 * finding.reference_rate:.1f}",
         f"{100 * gap.value:+.1f}",
@@ -248,7 +274,7 @@ def json_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
                 "contrasts": [
                     {**asdict(finding), "verdict": finding.verdict} for finding in answer.findings
                 ],
-                "not_measured": list(answer.missing),
+                "not_measured": [{"label": label, "eps": eps} for label, eps in answer.missing],
             }
             for answer in found
         ],

@@ -90,7 +90,7 @@ def arm_named(name: str) -> Arm:
     if name in named:
         return named[name]
     later = _LATER_SEED.fullmatch(name)
-    if later is None:
+    if later is None or later["arm"] == BASE:
         raise KeyError(name)
     repeated, offset = named[later["arm"] or BASE], int(later["offset"])
     what = f"{repeated.what}, seed + {offset}"

@@ -35,8 +35,10 @@ class Contrast:
     label: str
     changed: tuple[Unit, ...]
     reference: tuple[Unit, ...]
-    paired: bool = True
-    """Whether unit i of both belong together."""
+    """Unit i of both belongs together."""
+    crossed: tuple[bool, bool] = (False, False)
+    """Whether the units of `changed`, and of `reference`, are of `across`: unit i is victim i under
+    every other seed's source, in order, so that each source is in all units but its own."""
 
     @property
     def meetings(self) -> tuple[Meeting, ...]:

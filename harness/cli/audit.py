@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seeds",
-    type=click.IntRange(2, 20),
+    type=click.IntRange(3, 20),
     metavar="N",
     help="Training seeds of what is trained otherwise; 3 unless given.",
 )

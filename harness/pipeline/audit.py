@@ -30,11 +30,12 @@ from harness.pipeline.checkpoints import (
 )
 from harness.pipeline.context import Context
 from harness.pipeline.experiment import attack_tasks
+from harness.pipeline.exports import valid_export
 from harness.pipeline.tasks import Task
 from harness.pipeline.uap_files import valid_uap
 from harness.pipeline.uap_names import transfer_names
 from harness.pipeline.uaps import craft_tasks
-from harness.records import CONTROLS, UsageError
+from harness.records import CONTROLS, UsageError, variant_named
 from harness.sampling import RunKey, by_machine
 from harness.workspace import CONFIG_NAME, UapName, Workspace
 
@@ -92,12 +93,13 @@ class Audit:
         return replace(name, attack="" if own else meeting.attack)
 
     def asked(self) -> list[Question]:
-        """Every question, over the most seeds it is measured for; else as many as it was asked."""
+        """Every question, over the most seeds for which most of it is measured."""
         found = []
         for name, make in QUESTIONS.items():
             most = self._seeds_of(name)
-            of_seeds = (make(seeds) for seeds in range(most, 1, -1))
-            found.append(next((q for q in of_seeds if self._is_measured(q)), make(most)))
+            of_seeds = [make(seeds) for seeds in range(most, SEEDS - 1, -1)]
+            # As much as there is, and of that the most seeds.
+            found.append(max(of_seeds, key=self._measured_share))
         return found
 
     def run(self, question: Question) -> int:
@@ -130,7 +132,8 @@ class Audit:
         """What the model of a meeting got wrong at a budget; None where that is not measured."""
         at = (meeting, None if meeting.source is None else eps)
         if at not in self._wrong:
-            self._wrong[at] = self._measured(*at)
+            there = self._is_there(meeting.victim_arm) and self._is_there(meeting.source_arm)
+            self._wrong[at] = self._measured(*at) if there else None
         return self._wrong[at]
 
     def _measured(self, meeting: Meeting, eps: float | None) -> Wrong | None:
@@ -141,7 +144,9 @@ class Audit:
             if not valid_uap(source, uap):
                 return None
             uap_sha256 = source.sha256(source.workspace.uap(uap))
-        if not (onnx.exists() and context.workspace.results.exists()):
+        if valid_export(context, variant_named(meeting.victim)) is None:
+            return None  # also where the file is of another configuration
+        if not context.workspace.results.exists():
             return None
         model, evaluation = context.sha256(onnx), context.data.digests["evaluation"]
         with context.open_store() as store:
@@ -168,16 +173,16 @@ class Audit:
 
     def _seeds_of(self, question: str) -> int:
         """The most seeds all of whose arms are there; as many as usual where it was not asked."""
-        seeds, most = SEEDS, 1
-        while all(self._is_there(arm) for arm in _in_order(QUESTIONS[question](most + 1).meetings)):
+        make, most = QUESTIONS[question], SEEDS
+        while (more := make(most + 1)) != make(most) and all(
+            self._is_there(arm) for arm in _in_order(more.meetings)
+        ):
             most += 1
-            if QUESTIONS[question](most) == QUESTIONS[question](most + 1):
-                return most
-        return most if most > 1 else seeds
+        return most
 
-    def _is_measured(self, question: Question) -> bool:
-        met = itertools.product(question.meetings, self.budgets)
-        return all(self.wrong(meeting, eps) is not None for meeting, eps in met)
+    def _measured_share(self, question: Question) -> float:
+        met = list(itertools.product(question.meetings, self.budgets))
+        return sum(self.wrong(meeting, eps) is not None for meeting, eps in met) / len(met)
 
     def _is_there(self, arm: str) -> bool:
         return arm == BASE or (self.folder / arm / CONFIG_NAME).exists()

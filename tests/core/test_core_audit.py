@@ -55,9 +55,6 @@ def test_an_arm_in_another_seed_changes_the_seed_too(arm: str, seed: int) -> Non
 
 @pytest.mark.parametrize("name", ["seed0", "seed", "base_s1", "full", "no_clamp_s", "no_clamp_s0"])
 def test_what_no_arm_is_called_is_none(name: str) -> None:
-    if name == "base_s1":  # reads as the base in another seed, which `in_seed` calls seed1
-        assert in_seed(BASE, 1) == "seed1"
-        return
     with pytest.raises(KeyError):
         arm_named(name)
 
@@ -94,8 +91,13 @@ def test_a_contrast_compares_different_things_unit_by_unit(contrast: Contrast) -
     assert contrast.changed
     assert contrast.reference
     assert contrast.changed != contrast.reference
-    if contrast.paired:
-        assert len(contrast.changed) == len(contrast.reference)
+    assert len(contrast.changed) == len(contrast.reference)
+    for units, crossed in zip(
+        (contrast.changed, contrast.reference), contrast.crossed, strict=True
+    ):
+        apart = all(m.victim_arm != m.source_arm for unit in units for m in unit)
+        assert not crossed or apart
+        assert not crossed or {len(unit) for unit in units} == {len(units) - 1}
     meetings = [m for unit in contrast.changed for m in unit]
     assert len(set(meetings)) == len(meetings), "one measurement counted twice"
     assert len({m.source is None for m in contrast.meetings}) == 1, "clean error against UER"
@@ -104,7 +106,7 @@ def test_a_contrast_compares_different_things_unit_by_unit(contrast: Contrast) -
 TRAINED = ("unit_masks", "seeds", "methods", "architecture", "sfp_training")
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_is_trained_otherwise_has_as_many_units_as_training_seeds(
     name: str, seeds: int
@@ -122,14 +124,22 @@ def test_what_is_trained_otherwise_has_as_many_units_as_training_seeds(
 
 @pytest.mark.parametrize("name", sorted(set(QUESTIONS) - set(TRAINED)))
 def test_how_uaps_are_crafted_is_asked_of_one_seed(name: str) -> None:
-    assert QUESTIONS[name](2) == QUESTIONS[name](7)
+    assert QUESTIONS[name](3) == QUESTIONS[name](7)
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_across_seeds_nothing_is_shared(seeds: int) -> None:
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_across_seeds_every_victim_meets_every_other_seeds_source_in_order(seeds: int) -> None:
     contrasts = QUESTIONS["seeds"](seeds).contrasts
-    contrast = next(c for c in contrasts if "another seed's Full" in c.label)
-    for unit in (*contrast.changed, *contrast.reference):
-        assert len(unit) == seeds - 1
-        assert len({m.victim_arm for m in unit}) == 1
-        assert all(m.source_arm != m.victim_arm for m in unit)
+    arms = [in_seed(BASE, i) for i in range(seeds)]
+    crossed = [c for c in contrasts if c.crossed[0]]
+    assert len(crossed) == 4
+    for contrast in crossed:
+        for victim, unit in zip(arms, contrast.changed, strict=True):
+            assert {m.victim_arm for m in unit} == {victim}
+            assert [m.source_arm for m in unit] == [arm for arm in arms if arm != victim]
+
+
+def test_attacks_are_compared_by_name_whatever_the_workspace_is_configured_for() -> None:
+    for name in ("attack", "methods"):
+        crafted = [m for m in QUESTIONS[name](3).meetings if m.source not in CONTROLS]
+        assert {m.attack for m in crafted} == {"sgd", "momentum"}
