@@ -103,7 +103,7 @@ def _size(found: Finding) -> str:
 def answers(
     questions: Sequence[Question], measured: Measured, *, budgets: Sequence[float]
 ) -> list[Answer]:
-    """Every question's findings; p-values are Holm-adjusted over all of them together.
+    """Every question's findings; p-values are Holm-adjusted over each question's contrasts.
 
     Args:
         questions: what is asked.
@@ -126,7 +126,11 @@ def answers(
             continue
         estimate = difference(np.stack(changed), np.stack(reference), same_seeds=True)
         found.append((question, contrast, eps, changed, reference, estimate))
-    adjusted = holm([estimate.p for *_, estimate in found])
+    adjusted = [0.0] * len(found)
+    for question in questions:
+        family = [i for i, (asked_of, *_) in enumerate(found) if asked_of is question]
+        for i, p in zip(family, holm([found[i][-1].p for i in family]), strict=True):
+            adjusted[i] = p
     findings: dict[str, list[Finding]] = {question.name: [] for question in questions}
     for one, p in zip(found, adjusted, strict=True):
         question, contrast, eps, changed, reference, estimate = one
@@ -190,8 +194,8 @@ def _pseudo_values(cells: Sequence[Sequence[Any]]) -> list[Any]:
 METHOD = (
     "Rates are UER at the budget named unless they say clean error. Differences are in points,"
     " with 95 % intervals over images and units (hierarchical bootstrap); p-values are"
-    f" Holm-adjusted over the whole audit. Less than \u00b1{100 * MARGIN:.0f} points is called"
-    " no difference that matters.",
+    " Holm-adjusted over the contrasts and budgets of each question. Less than"
+    f" \u00b1{100 * MARGIN:.0f} points is called no difference that matters.",
     "A unit is what was trained, or crafted, once. With one unit the interval covers images only,"
     " not another run. Where models meet the perturbations of all other seeds, a unit is a seed in"
     " both of its parts (jackknife pseudo-values), since several models meet every perturbation.",

@@ -9,18 +9,35 @@
 #   scripts/gpu_session.sh run OUT 8m                 all ten
 #
 # `run` ends with 0 when all is done and 124 when work is left: the same call goes on. It leaves in OUT
+#   state.tar.*        results, unfinished work, then what took longest to build, as much as fits;
+#                      `keep` them on the next machine, which goes on from there
 #   published.tar.xz   what scripts/publish.py keeps: report, raw predictions, perturbations
-#   state.tar.*        checkpoints and exports, as many as fit; `keep` them on the next machine
 # A harness.toml that was kept is the experiment; else it is PRESET (paper-fast) on DATASET
 # (cifar10.npz). Everything is the machine's own python3: nothing is installed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+tree=$(cd "$(dirname "$0")/.." && pwd)
 root=${GPU_SESSION:-$HOME/gpu-session}
 dataset=${DATASET:-cifar10.npz}
-part_bytes=${PART_BYTES:-15000000}
-parts=${PARTS:-3}
+part_bytes=${PART_BYTES:-14000000}
+parts=${PARTS:-4}
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+# The store as one small file, and back.
+pack_results='
+import lzma, pathlib, sqlite3
+pathlib.Path("packed.db").unlink(missing_ok=True)
+sqlite3.connect("results.db").execute("VACUUM INTO ?", ("packed.db",))
+pathlib.Path("results.db.xz").write_bytes(lzma.compress(pathlib.Path("packed.db").read_bytes()))
+pathlib.Path("packed.db").unlink()
+'
+unpack_results='
+import lzma, pathlib
+packed = pathlib.Path("results.db.xz")
+if packed.exists():
+    pathlib.Path("results.db").write_bytes(lzma.decompress(packed.read_bytes()))
+    packed.unlink()
+'
 
 keep() {
     mkdir -p "$root/kept"
@@ -32,8 +49,8 @@ check() {
     mkdir -p "$1"
     "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' |
         tee "$1/check.log"
-    "$python" -m pytest -m gpu -rs -s --benchmark-enable tests/gpu tests/benchmarks 2>&1 |
-        tee -a "$1/check.log"
+    (cd "$tree" && "$python" -m pytest -m gpu -rs -s --benchmark-enable tests/gpu \
+        tests/benchmarks) 2>&1 | tee -a "$1/check.log"
 }
 
 # join NAME: the parts NAME.aa, NAME.ab, ... that were kept, as one file on standard output.
@@ -49,6 +66,7 @@ workspace() {
     fi
     if compgen -G "$root/kept/state.tar.??" >/dev/null && [ ! -d "$root/workspace/cache" ]; then
         join state.tar | tar -x -C "$root/workspace"
+        (cd "$root/workspace" && "$python" -c "$unpack_results")
     fi
     if [ -f "$root/kept/harness.toml" ]; then
         cp "$root/kept/harness.toml" "$root/workspace/"
@@ -66,33 +84,52 @@ run() {
     workspace
     (cd "$root/workspace" && "$python" -m harness run --time-limit "$limit" \
         ${models[@]+"${models[@]}"}) 2>&1 | tee -a "$out/run.log" || ended=${PIPESTATUS[0]}
-    [ "$ended" = 0 ] || [ "$ended" = 124 ] || return "$ended"
+    state "$out" # however it ended: what was built must come back
     if [ -f "$root/workspace/results.db" ]; then
-        "$python" scripts/publish.py "$root/workspace" "$root/published" \
-            --title "${TITLE:-$dataset, ${PRESET:-paper-fast}}" --note "${NOTE:-}"
-        tar -cJ -C "$root" -f "$out/published.tar.xz" published
+        if "$python" "$tree/scripts/publish.py" "$root/workspace" "$root/published" \
+            --title "${TITLE:-$dataset}" --note "${NOTE:-}"; then
+            (cd "$root" && "$python" -m tarfile -c "$out/published.tar.xz" published)
+        else
+            echo "nothing to report yet" >&2
+        fi
     fi
-    state "$out"
     return "$ended"
 }
 
-# state OUT: what was built, Full first since others start from it, in PARTS parts at most.
+# state OUT: what is to go on elsewhere, in PARTS parts of PART_BYTES at most.
 state() {
-    local files=() file bytes=0 room=$((part_bytes * parts - 100000))
+    local files=() file size bytes=0 room=$((part_bytes * parts - 20480)) # tar's own end
     cd "$root/workspace"
-    for file in cache/full.pt cache/*.pt cache/*.onnx cache/*.json; do
-        case " ${files[*]-} " in *" $file "*) continue ;; esac
+    if [ -f results.db ]; then
+        "$python" -c "$pack_results"
+    fi
+    # Full before its children; what is quick to build again comes last.
+    for file in results.db.xz cache/*_eps*.pt cache/.partial/* cache/full.pt cache/sfp*.pt \
+        cache/q?.pt cache/pp?.pt cache/*.json cache/*.onnx; do
         [ -f "$file" ] || continue
-        bytes=$((bytes + $(stat -c %s "$file") + 1024))
-        [ "$bytes" -le "$room" ] || { echo "no room for $file: not kept" >&2; bytes=$((bytes - $(stat -c %s "$file") - 1024)); continue; }
+        case " ${files[*]-} " in *" $file "*) continue ;; esac
+        size=$(($(stat -c %s "$file") + 1536)) # with tar's header and padding
+        if [ $((bytes + size)) -gt "$room" ]; then
+            echo "no room for $file: it will be built again" >&2
+            continue
+        fi
+        bytes=$((bytes + size))
         files+=("$file")
     done
-    cd - >/dev/null
     rm -f "$1"/state.tar.??
-    [ "${#files[@]}" = 0 ] || tar -c -C "$root/workspace" "${files[@]}" | split -b "$part_bytes" - "$1/state.tar."
+    [ "${#files[@]}" = 0 ] || tar -c "${files[@]}" | split -b "$part_bytes" - "$1/state.tar."
+    rm -f results.db.xz
+    cd - >/dev/null
+}
+
+usage() {
+    sed -n '2,20p' "$tree/scripts/gpu_session.sh" >&2
+    exit 2
 }
 
 case ${1:-} in
-    keep | check | run) "$@" ;;
-    *) sed -n '2,18p' "$0" >&2; exit 2 ;;
+    keep) [ $# -ge 2 ] || usage; "$@" ;;
+    check) [ $# = 2 ] || usage; check "$(realpath -m -- "$2")" ;;
+    run) [ $# -ge 3 ] || usage; out=$(realpath -m -- "$2"); shift 2; run "$out" "$@" ;;
+    *) usage ;;
 esac

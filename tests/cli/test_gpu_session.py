@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -75,8 +78,42 @@ def test_slices_on_one_machine_and_on_the_next(
     keep(second, [*parts, *sorted(out.glob("state.tar.*"))])
     again = session(second, "run", later, "10m", "full", "q4", **data)
     assert again.returncode == 0, again.stderr
-    assert "train " not in (later / "run.log").read_text()
+    # Nothing was trained, crafted, exported or evaluated again.
+    log = (later / "run.log").read_text().splitlines()
+    assert [line for line in log if "not built again" not in line] == ["report/index.html"]
     assert (second / "workspace" / "cache" / "q4.pt").read_bytes() == trained
+    kept_runs, again_runs = (runs(machine / "workspace") for machine in (first, second))
+    assert kept_runs == again_runs > 0
+
+
+def runs(workspace: Path) -> int:
+    with contextlib.closing(sqlite3.connect(workspace / "results.db")) as store:
+        (count,) = store.execute("SELECT count(*) FROM prediction_run").fetchone()
+    return int(count)
+
+
+def test_a_slice_that_ends_before_there_is_a_report_keeps_what_it_built(
+    tiny: Tiny, parts: list[Path], tmp_path: Path
+) -> None:
+    machine, out, data = tmp_path / "machine", tmp_path / "out", {"DATASET": tiny.npz.name}
+    keep(machine, parts)
+    done = session(machine, "run", out, "10m", "full", **data)
+    assert done.returncode == 0, done.stderr
+    # As where the time was over while PyTorch predicted: no exported model was run yet.
+    with contextlib.closing(sqlite3.connect(machine / "workspace" / "results.db")) as store:
+        store.execute("DELETE FROM prediction_run WHERE runtime = 'onnxruntime'")
+        store.commit()
+    (machine / "workspace" / "harness.toml").unlink()
+    config = machine / "kept" / "harness.toml"
+    config.write_text(config.read_text() + "unknown_key = 1\n")  # and it fails
+    for path in out.iterdir():
+        path.unlink()
+    failed = session(machine, "run", out, "10m", "full", **data)
+    assert failed.returncode == 2
+    assert "nothing to report yet" in failed.stderr
+    assert {path.name for path in out.iterdir()} == {"run.log", "state.tar.aa"}
+    with tarfile.open(out / "state.tar.aa") as state:
+        assert {"results.db.xz", "cache/full.pt", "cache/full_eps10.pt"} <= set(state.getnames())
 
 
 def test_what_has_no_room_is_named_and_the_rest_is_kept(
@@ -84,14 +121,42 @@ def test_what_has_no_room_is_named_and_the_rest_is_kept(
 ) -> None:
     machine, out = tmp_path / "machine", tmp_path / "out"
     keep(machine, parts)
-    small = {"PART_BYTES": "200000", "PARTS": "2"}
+    # The exported model of this width alone takes more than what is left beside results and UAPs.
+    part, count = 100_000, 3
+    small = {"PART_BYTES": str(part), "PARTS": str(count)}
     done = session(machine, "run", out, "10m", "full", DATASET=tiny.npz.name, **small)
     assert done.returncode == 0, done.stderr
     kept = sorted(out.glob("state.tar.*"))
-    assert 1 <= len(kept) <= 2
-    assert all(path.stat().st_size <= 200_000 for path in kept)
-    whole = sum(path.stat().st_size for path in (machine / "workspace" / "cache").glob("*.*"))
-    assert ("no room for cache/" in done.stderr) == (whole > 300_000)
+    assert 1 <= len(kept) <= count
+    assert all(path.stat().st_size <= part for path in kept)
+    joined = tmp_path / "state.tar"
+    joined.write_bytes(b"".join(path.read_bytes() for path in kept))
+    with tarfile.open(joined) as state:
+        inside = set(state.getnames())
+    left_out = set(re.findall(r"no room for (\S+): ", done.stderr))
+    assert left_out
+    assert "results.db.xz" in inside
+    assert not inside & left_out
+    built = {f"cache/{path.name}" for path in (machine / "workspace" / "cache").glob("*.*")}
+    assert built <= inside | left_out
+
+
+def test_parts_are_kept_from_whatever_folder_they_are_named_in(
+    parts: list[Path], tmp_path: Path
+) -> None:
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "keep", parts[0].name],
+        cwd=parts[0].parent,
+        env=environment(GPU_SESSION=str(machine)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (machine / "kept" / parts[0].name).read_bytes() == parts[0].read_bytes()
 
 
 def test_a_wrong_call_shows_how_it_is_called(tmp_path: Path) -> None:
