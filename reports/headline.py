@@ -13,6 +13,7 @@ from itertools import combinations
 from reports.inference import (
     ALPHA,
     MARGIN,
+    ROUNDING,
     Comparison,
     against_full,
     against_full_at,
@@ -74,11 +75,14 @@ def _pairwise(view: View, rated: list[VariantView]) -> str:
     shown = [
         f"{a.label} less than {b.label}"
         for (a, b), p in zip(pairs, p_values, strict=True)
-        if p < ALPHA and _worst_value(a) < _worst_value(b)
+        if p < ALPHA and _worst_value(b) - _worst_value(a) >= MARGIN - ROUNDING
     ]
     if not shown:
-        return f"{span} of the images, the extremes of what was measured; no difference is shown."
-    return f"{span} of the images. Shown to err less: {listed(shown)}."
+        return (
+            f"{span} of the images, the extremes of what was measured; no difference of {ENOUGH}"
+            " or more is shown."
+        )
+    return f"{span} of the images. Shown to err less by {ENOUGH} or more: {listed(shown)}."
 
 
 def _survivors(view: View, at: str, better: list[Comparison]) -> str:
@@ -118,10 +122,10 @@ def _with_more_room(view: View, tests: Sequence[Comparison]) -> str:
     """Where all are as good as guessing: what a budget says that Full half withstands."""
     full = view.full
     rates = [tests[0].baseline_rate, *(test.rate for test in tests)]
-    if full is None or not all(near_ceiling(view, rate) for rate in rates):
+    everyone = all(near_ceiling(view, rate) for rate in rates)
+    if full is None or not everyone or any(test.matters for test in tests):
         return ""
-    text = f" That is as good as a guess, which errs on {percent(ceiling(view))}: there is no room"
-    text += " to differ."
+    text = f" A guess errs on {percent(ceiling(view))}: this budget leaves no room to differ."
     clean = rate_of(full.clean) if full.clean is not None else 0.0
     half = (clean + ceiling(view)) / 2
     by_eps = {row.eps: rate_of(row) for row in full.curve if row.eps is not None}

@@ -23,6 +23,8 @@ from reports.view import VariantView, View
 ALPHA = 0.05
 MARGIN = 0.05
 """Five points: a smaller difference, however well shown, changes no one's choice of a method."""
+ROUNDING = 1e-9
+"""Rates of whole counts that differ by the margin do so but for this."""
 NEAR_CEILING = 0.95
 """Share of the highest possible UER from which attacks can no longer be told apart."""
 
@@ -58,7 +60,7 @@ class Comparison:
     @property
     def matters(self) -> bool:
         """Whether it is shown, and large enough to choose by."""
-        return self.shown and abs(self.difference) >= MARGIN
+        return self.shown and abs(self.difference) >= MARGIN - ROUNDING
 
 
 Measure = Literal["clean", "white_box", "worst"]

@@ -1,7 +1,8 @@
-"""Values of the data files, the same bytes on every machine.
+"""Values of the data files, the same bytes on (nearly) every machine.
 
 Enters: plain values. Leaves: the same with every float at 12 significant digits. Sums over images
-go through the machine's own matrix product, whose last digits depend on its processor.
+go through the machine's own matrix product, whose last digits depend on its processor; that two of
+them lie on either side of a twelfth digit is rare.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     "budget_s",
     type=DURATION,
     help="Evaluate as many images as fit into this time (90s, 10m, 1h), shared equally by the "
-    "models, set-up excluded.  [default: the device's own; 5m emulated, else all images]",
+    "models, set-up excluded.  [default: the device's own, 5m emulated; else eval.device_images]",
 )
 @click.option(
     "--until-ci",

@@ -85,8 +85,8 @@ def run(
 
     In a folder without a harness.toml, writes one first (preset quickstart: the embedded digits,
     minutes on two cores). Interrupt it at will: the same command continues. Change harness.toml
-    and only what depends on the change is built again. With --model, only those variants, what
-    they start from, and no fleet; a later run of all takes what is there.
+    and only what depends on the change is built again. With --model, only those variants are built,
+    with what they start from and no fleet; the report shows all that was ever measured here.
 
     On an emulated device (--device rpi4), everything runs here, and each variant there on clean
     images and under its own perturbation, as many as five minutes allow.

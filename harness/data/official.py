@@ -137,7 +137,7 @@ def read_official(
 
 
 def _stand_in(name: str) -> Source:
-    """Black images, as many as are published, the classes in turn; they take no memory."""
+    """Black images, as many as are published, the classes in turn."""
     official = OFFICIAL[name]
     splits = [
         Split(

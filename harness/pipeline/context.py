@@ -100,7 +100,7 @@ class Context:
         """How many tasks run side by side, by what they share."""
         return {
             "accelerator": jobs_for(self.accelerator),
-            "cores": max(1, min(MAX_EVALUATIONS, cores() // TRAIN_THREADS)),
+            "cores": max(1, min(MAX_EVALUATIONS, _lanes())),
         }
 
     @property
@@ -197,13 +197,15 @@ def jobs_for(accelerator: torch.device) -> int:
     """How many models are trained side by side: one on a GPU, else what the cores allow."""
     if accelerator.type != "cpu":
         return 1
-    return max(1, min(MAX_JOBS, cores() // (_omp_num_threads() or TRAIN_THREADS)))
+    return max(1, min(MAX_JOBS, _lanes()))
 
 
-def cores() -> int:
-    """Cores this process may use: Linux says which are ours; elsewhere all are."""
+def _lanes() -> int:
+    """How many models the cores have room for, each with its threads."""
+    # Linux says which cores are ours; elsewhere all are.
     allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    cores = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    return cores // (_omp_num_threads() or TRAIN_THREADS)
 
 
 def _omp_num_threads() -> int:

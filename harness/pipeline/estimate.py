@@ -7,7 +7,7 @@ core of the processor, where exported models run whatever PyTorch has. An estima
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,19 +65,18 @@ def _seconds_per_forward(context: Context, device: torch.device) -> float:
     return float(np.median(seconds[1:])) / batch
 
 
-def elapsed_seconds(
-    tasks: Sequence[Task], cost: Callable[[Task], float], *, jobs: Mapping[Shared, int]
-) -> float:
+def elapsed_seconds(tasks: Sequence[Task], rates: Rates, *, jobs: Mapping[Shared, int]) -> float:
     """Time until all are done: those that run side by side share what they run on.
 
     Tasks beside each other end no sooner than the longest chain of those that wait for another,
-    and no sooner than all of them spread evenly.
+    no sooner than all of them spread evenly, and no sooner than PyTorch is done with its part.
 
     Args:
         tasks: in the order of `run_tasks`.
-        cost: seconds of a task.
+        rates: of this machine.
         jobs: as of `run_tasks`.
     """
+    cost = rates.seconds
     total = sum(cost(task) for task in tasks if task.beside is None)
     for shared in {task.beside for task in tasks if task.beside is not None}:
         beside = {task.name: task for task in tasks if task.beside == shared}
@@ -88,5 +87,6 @@ def elapsed_seconds(
 
         longest = max(chain(task) for task in beside.values())
         evenly = sum(cost(task) for task in beside.values()) / jobs.get(shared, 1)
-        total += max(longest, evenly)
+        in_torch = sum(task.work for task in beside.values()) * rates.accelerator
+        total += max(longest, evenly, in_torch / jobs.get("accelerator", 1))
     return total

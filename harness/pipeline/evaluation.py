@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnxruntime
@@ -119,15 +119,18 @@ def evaluate_task(
     so, and where PyTorch has a GPU the cores have nothing else to do. A board has one runner, and
     a time budget is of a machine that does nothing else.
     """
+    if victim.checkpoint is None:
+        # PyTorch has no say about a model that a user brought: nothing would correct a sample.
+        budget = replace(budget, images=None)
     beside = device.name == "local" and not budget.limited
     threads = threads_for(context) if beside else None
-    whole = 1 + len(uap_paths)
+    conditions = 1 + len(uap_paths)
     images = len(context.data.evaluation)
-    on_cores, known_s = DEVICE_COST * whole * budget.of(images), 0.0
+    on_cores, known_s = DEVICE_COST * conditions * budget.of(images), 0.0
     if budget.seconds is not None:
         known_s, on_cores = budget.seconds, 0.0
         if device.name == "local":  # how slow another is, nobody knows before it is asked
-            known_s = min(known_s, DEVICE_COST * whole * images / FORWARDS_PER_SECOND)
+            known_s = min(known_s, DEVICE_COST * conditions * images / FORWARDS_PER_SECOND)
 
     def is_done() -> bool:
         if not victim.onnx.exists() or any(not path.exists() for path in uap_paths):
@@ -141,7 +144,7 @@ def evaluate_task(
     task = Task(
         stage="evaluate",
         name=f"attack {victim.name} on {device.name}",
-        work=float(whole * images) if victim.checkpoint else 0.0,
+        work=float(conditions * images) if victim.checkpoint else 0.0,
         core_work=on_cores,
         known_s=known_s,
         is_done=is_done,

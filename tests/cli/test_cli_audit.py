@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from cli_cases import Outcome, Tiny, snapshot, succeeded
+
+from harness.audit.arms import in_seed
+from harness.audit.contrasts import Meeting
+from harness.pipeline.audit import Audit
+from harness.pipeline.context import Context
+from harness.workspace import open_workspace
 
 
 def workspace(tiny: Tiny, root: Path) -> Path:
@@ -67,6 +75,52 @@ def test_in_slices_it_ends_where_a_whole_run_does(
     arm = root / "audit" / "unit_masks" / "cache"
     assert (arm / "pp2.pt").read_bytes() != (root / "cache" / "pp2.pt").read_bytes()
     assert (arm / "full.pt").read_bytes() == (root / "cache" / "full.pt").read_bytes()
+
+
+def test_what_is_written_up_is_what_is_there(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most seeds for which most is measured; a file of another configuration is no file."""
+    root = workspace(tiny, tmp_path / "w")
+    audit = Audit(Context(open_workspace(root), torch.device("cpu")))
+
+    def seeds() -> dict[str, int]:
+        return {q.name: len(q.contrasts[0].changed) for q in audit.asked()}
+
+    usual = {"split": 4, "batch_norm": 4, "attack": 4, "loss_and_step": 4}
+    trained = ("unit_masks", "seeds", "methods", "architecture", "sfp_training")
+    assert seeds() == usual | dict.fromkeys(trained, 3)
+    for name in [in_seed("base", i) for i in range(1, 5)]:
+        (root / "audit" / name).mkdir(parents=True)
+        (root / "audit" / name / "harness.toml").write_text("")
+    # Five seeds were asked for, but more is measured of three; and when all is, of five.
+    assert seeds() == usual | dict.fromkeys(trained, 3)
+    with monkeypatch.context() as everything:
+        everything.setattr(Audit, "wrong", lambda *_: np.zeros(1, dtype=bool))
+        assert seeds() == usual | dict.fromkeys(trained, 3) | {"seeds": 5, "methods": 5}
+    assert audit.wrong(Meeting("base", "q4", "base", "full"), 10.0) is not None
+    assert audit.wrong(Meeting("base", "q4", "base", "full"), 4.0) is not None
+    assert audit.wrong(Meeting("base", "q4", "seed3", "full"), 10.0) is None
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("apot_epochs = 1", "apot_epochs = 2"))
+    changed = Audit(Context(open_workspace(root), torch.device("cpu")))
+    assert changed.wrong(Meeting("base", "q4", "base", "full"), 10.0) is None
+    assert changed.wrong(Meeting("base", "full", "base", "full"), 10.0) is not None
+
+
+def test_a_question_of_one_seed_is_written_up_on_a_part_of_the_test_images(
+    run: Callable[..., Outcome], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Another seed draws other images of them: only what compares seeds is refused."""
+    root = workspace(tiny, tmp_path / "w")
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("images = 100", "images = 60"))
+    asked = run("audit", "--question", "attack", "--workspace", root, cwd=tmp_path)
+    assert succeeded(asked).out.strip() == str(root / "audit" / "audit.md")
+    report = json.loads((root / "audit" / "audit.json").read_text())
+    (entry,) = (entry for entry in report["questions"] if entry["name"] == "attack")
+    assert entry["contrasts"][0]["label"] == "white-box: attack momentum instead"
+    assert entry["not_measured"] == []
 
 
 def test_seeds_on_other_images_are_refused(

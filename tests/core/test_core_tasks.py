@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -192,7 +193,7 @@ def idle(_progress: Progress) -> None: ...
 
 def test_estimates_know_what_runs_side_by_side() -> None:
     def elapsed(tasks: list[Task], *, jobs: int) -> float:
-        return elapsed_seconds(tasks, lambda task: task.work, jobs=share(jobs))
+        return elapsed_seconds(tasks, Rates(1.0, 1.0), jobs=share(jobs))
 
     first = task("full", idle, work=4.0)
     others = [task(name, idle, work=2.0) for name in "abcd"]
@@ -211,8 +212,15 @@ def test_one_gpu_and_many_cores_are_counted_apart() -> None:
     """Models are trained one by one on a GPU, and evaluated side by side on the cores beside it."""
     jobs: dict[Shared, int] = {"accelerator": 1, "cores": 4}
     trained = [task(f"train {i}", idle, work=3.0) for i in range(4)]
-    evaluated = [task(f"attack {i}", idle, work=2.0, beside="cores") for i in range(8)]
-    assert elapsed_seconds([*trained, *evaluated], lambda t: t.work, jobs=jobs) == 12 + 4
+    evaluated = [
+        replace(task(f"attack {i}", idle, work=0.5, beside="cores"), core_work=4.0)
+        for i in range(8)
+    ]
+    rates = Rates(accelerator=1.0, core=0.5)
+    assert elapsed_seconds([*trained, *evaluated], rates, jobs=jobs) == 12 + 8 * 2.5 / 4
+    # A GPU that all of them wait for decides.
+    slow = Rates(accelerator=4.0, core=0.5)
+    assert elapsed_seconds(evaluated, slow, jobs=jobs) == 8 * 0.5 * 4
     at_once, most, lock = 0, {"train": 0, "attack": 0}, threading.Lock()
 
     def counted(name: str) -> Callable[[Progress], None]:

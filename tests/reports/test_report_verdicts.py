@@ -142,13 +142,40 @@ def test_where_all_are_as_good_as_a_guess_a_smaller_budget_is_asked(planter, sto
     plant(p, "pp2", {**clean, ("pp2", 10.0): 0.87, ("pp2", 2.0): 0.30, ("pp2", 4.0): 0.60})
     plant(p, "q2", {**clean, ("q2", 10.0): 0.89, ("q2", 2.0): 0.20, ("q2", 4.0): 0.40})
     said = headline(build_view(store)).replace(words.NBSP, " ")
-    assert "which errs on 90.0 %: there is no room to differ." in said
+    assert "A guess errs on 90.0 %: this budget leaves no room to differ." in said
     # Half way between 10 and 90 % lies the sweep's 50 %, not its 20 or 87.
     assert said.endswith(
         "At \u03b5 = 4/255, each under its own perturbation, Full errs on 50.0 % (clean 10.0 %)."
         " Shown to err less by 5 points or more: Q2 (40.0 %, clean 10.0 %);"
         " more: PP2 (60.0 %, clean 10.0 %)."
     )
+
+
+def test_who_survives_is_not_denied_the_room_it_has(planter, store):
+    p = planter("full", "q2")
+    plant(p, "full", {(None, None): 0.10, ("full", 10.0): 0.97, ("full", 4.0): 0.50})
+    plant(p, "q2", {(None, None): 0.10, ("q2", 10.0): 0.87, ("q2", 4.0): 0.40})
+    said = headline(build_view(store))
+    assert said.startswith("Q2 survives better")
+    assert "guess" not in said
+
+
+@pytest.mark.parametrize(("rate", "better"), [(0.45, True), (0.46, False)])
+def test_five_points_are_enough_and_less_are_not(planter, store, rate, better):
+    p = planter("full", "q2")
+    plant(p, "full", {(None, None): 0.10, ("full", 10.0): 0.50})
+    plant(p, "q2", {(None, None): 0.10, ("q2", 10.0): rate})
+    assert headline(build_view(store)).startswith("Q2 survives better") == better
+
+
+def test_without_full_pairs_need_as_much(planter, store):
+    p = planter("pp2", "q2")
+    plant(p, "pp2", {(None, None): 0.10, ("pp2", 10.0): 0.52})
+    plant(p, "q2", {(None, None): 0.10, ("q2", 10.0): 0.50})
+    assert "no difference of 5 points or more is shown" in headline(build_view(store))
+    plant(p, "pp2", {("pp2", 10.0): 0.60})
+    said = headline(build_view(store))
+    assert "Shown to err less by 5 points or more: Q2 less than PP2" in said
 
 
 def test_one_model_with_room_left_is_compared_at_the_budget_asked_for(planter, store):
