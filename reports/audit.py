@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.audit.contrasts import Contrast, Meeting, Question, Unit
+from harness.audit.contrasts import Contrast, Means, Meeting, Question, Unit
 from harness.bootstrap import Estimate, difference
 from reports.inference import ALPHA, MARGIN, holm
 from reports.portable import portable
@@ -61,31 +61,32 @@ class Answer:
     """Contrasts that were not measured, by label and budget."""
 
     @property
-    def conclusion(self) -> str:
-        """In plain sentences: what the first contrast says, by budget."""
-        first = self.question.contrasts[0].label
-        found = [finding for finding in self.findings if finding.label == first]
-        if not found:
-            return "Not measured."
+    def conclusions(self) -> list[str]:
+        """In plain sentences: what each contrast that means something says, by budget."""
+        told = {c.label: c.means for c in self.question.contrasts if c.means is not None}
         said: dict[str, list[str]] = {}
-        for finding in found:
-            said.setdefault(self._words(finding), []).append(f"{_at(finding)}{_size(finding)}")
-        return " ".join(f"{words} {'; '.join(sizes)}." for words, sizes in said.items())
-
-    def _words(self, finding: Finding) -> str:
-        if finding.verdict == "none":
-            return self.question.if_none
-        return "Undecided here:" if finding.verdict == "undecided" else self.question.if_shown
+        for finding in self.findings:
+            if (means := told.get(finding.label)) is not None:
+                words = _words(finding, means)
+                said.setdefault(words, []).append(f"{_at(finding)}{_size(finding)}")
+        return [f"{words} {'; '.join(sizes)}." for words, sizes in said.items()]
 
     @property
     def shown(self) -> list[str]:
         """A line for each other contrast that raises or lowers its rate."""
-        first = self.question.contrasts[0].label
+        told = {c.label for c in self.question.contrasts if c.means is not None}
         return [
             f"{found.label}: {_at(found)}{_size(found)}"
             for found in self.findings
-            if found.label != first and found.verdict in ("raises", "lowers")
+            if found.label not in told and found.verdict in ("raises", "lowers")
         ]
+
+
+def _words(finding: Finding, means: Means) -> str:
+    if finding.verdict == "undecided":
+        return f"Undecided: {finding.label}."
+    by_verdict = {"lowers": means.lowers, "raises": means.raises, "none": means.none}
+    return by_verdict[finding.verdict]
 
 
 def _at(finding: Finding) -> str:
@@ -223,7 +224,8 @@ def markdown_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
     ]
     for answer in found:
         question = answer.question
-        lines += [f"**{question.title}** Theirs: {question.authors}. {answer.conclusion}", ""]
+        lines += [f"**{question.title}** Theirs: {question.authors}.", ""]
+        lines += [f"- {line}" for line in answer.conclusions or ["Not measured."]] + [""]
         if shown := answer.shown:
             lines += ["Shown besides:", "", *(f"- {line}" for line in shown), ""]
     lines += [
@@ -273,7 +275,7 @@ def json_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
                 "name": answer.question.name,
                 "title": answer.question.title,
                 "authors": answer.question.authors,
-                "conclusion": answer.conclusion,
+                "conclusions": answer.conclusions,
                 "shown_besides": answer.shown,
                 "contrasts": [
                     {**asdict(finding), "verdict": finding.verdict} for finding in answer.findings

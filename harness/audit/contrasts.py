@@ -11,6 +11,12 @@ from dataclasses import dataclass
 
 from harness.audit.arms import BASE, in_seed
 
+THEIRS, STRONGEST = "sgd", "momentum"
+"""Attacks: the authors', and the strongest there is (docs/adr/0007)."""
+SOURCES = ("full", "sfp", "pp3", "q4")
+"""The whole model, and one variant of every method."""
+COMPRESSED = SOURCES[1:]
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -29,6 +35,16 @@ Unit = tuple[Meeting, ...]
 
 
 @dataclass(frozen=True)
+class Means:
+    """What follows from a contrast, by what it shows: a sentence each."""
+
+    lowers: str
+    raises: str
+    none: str
+    """Where it shows that there is no difference that matters."""
+
+
+@dataclass(frozen=True)
 class Contrast:
     """Error rate of `changed` minus that of `reference`."""
 
@@ -39,6 +55,8 @@ class Contrast:
     crossed: tuple[bool, bool] = (False, False)
     """Whether the units of `changed`, and of `reference`, are of `across`: unit i is victim i under
     every other seed's source, in order, so that each source is in all units but its own."""
+    means: Means | None = None
+    """What the write-up concludes from it; None where it only stands in the table."""
 
     @property
     def meetings(self) -> tuple[Meeting, ...]:
@@ -58,10 +76,6 @@ class Question:
     title: str
     authors: str
     """What they did, or concluded."""
-    if_shown: str
-    """What follows where the first contrast shows a difference."""
-    if_none: str
-    """What follows where it shows that there is none that matters."""
     contrasts: tuple[Contrast, ...]
 
     @property

@@ -42,7 +42,7 @@ def test_one_question_and_again_at_once(
     asked = {entry["name"]: entry for entry in report["questions"]}
     assert [len(c["each"]) for c in asked["split"]["contrasts"]] == [4, 1]
     assert asked["seeds"]["contrasts"] == []
-    assert asked["seeds"]["conclusion"] == "Not measured."
+    assert asked["seeds"]["conclusions"] == []
     before = snapshot(root)
     again = succeeded(run("audit", "--question", "split", "--workspace", root, cwd=tmp_path))
     assert "train" not in again.err

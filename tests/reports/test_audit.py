@@ -67,7 +67,10 @@ def test_a_planted_effect_is_found_with_its_sign_and_size() -> None:
         assert finding.difference.value == pytest.approx(1 - 2 * 0.3**2 - 0.5, abs=0.02)
         assert finding.difference.low <= finding.difference.value <= finding.difference.high
         assert len(finding.each) == finding.units
-    assert answer.conclusion.startswith(answer.question.if_shown)
+    means = answer.question.contrasts[0].means
+    assert means is not None
+    (line,) = answer.conclusions
+    assert line.startswith(f"{means.raises} eps 10: +")
 
 
 def test_what_is_shown_besides_the_first_contrast_is_said_with_its_training_runs() -> None:
@@ -81,9 +84,10 @@ def test_what_is_shown_besides_the_first_contrast_is_said_with_its_training_runs
     assert often.endswith(")")
     assert once.startswith("clean error: SFP keeps 10 % of the filters: +3")
     assert once.endswith("), of one run")
-    assert answer.conclusion.startswith(f"{answer.question.if_none} eps 10: ")
-    assert "; eps 4: " in answer.conclusion
-    assert answer.conclusion.endswith("), inside \u00b15 points.")
+    (line,) = answer.conclusions
+    assert line.startswith("Augmentation does not carry what they found of SFP. eps 10: ")
+    assert "; eps 4: " in line
+    assert line.endswith("), inside \u00b15 points.")
     assert f"Shown besides:\n\n- {often}\n- {once}\n" in markdown_text([answer], facts=FACTS)
     (nothing,) = answered([question("sfp_training")], planted(lambda _meeting: 0.5))
     assert nothing.shown == []
@@ -98,9 +102,10 @@ def test_budgets_that_say_different_things_are_told_apart() -> None:
     )
     clamp = [f for f in answer.findings if f.label == "white-box: loss not clamped"]
     assert {finding.eps: finding.verdict for finding in clamp} == {10: "none", 4: "raises"}
-    none, raised = answer.conclusion.split(answer.question.if_shown)
-    assert none.startswith(f"{answer.question.if_none} eps 10: ")
-    assert raised.startswith(" eps 4: +")
+    clamp_lines = [line for line in answer.conclusions if "the clamp" in line]
+    none, raised = clamp_lines
+    assert none.startswith("Leaving out the clamp changes nothing that matters. eps 10: ")
+    assert raised.startswith("Leaving out the clamp strengthens the attack. eps 4: +")
     assert any(line.startswith("Full's on the others: loss not clamped: eps 4:")
                for line in answer.shown)  # fmt: skip
 
@@ -116,6 +121,8 @@ def test_another_seed_is_told_from_another_method() -> None:
     verdicts = {finding.label: finding.verdict for finding in answer.findings}
     assert verdicts["Full's on SFP minus on Full itself (their comparison)"] == "lowers"
     assert verdicts["Full's on SFP minus on another seed's Full"] == "none"
+    assert any(line.startswith("It harms another seed's Full as little as SFP: it is the seed")
+               for line in answer.conclusions)  # fmt: skip
     assert verdicts["Full's on PP3 of another seed minus on PP3 made from it"] == "lowers"
 
 
@@ -168,7 +175,8 @@ def test_units_that_disagree_leave_it_undecided() -> None:
 
     (answer,) = answered([question("split")], planted(rate))
     assert answer.findings[0].verdict == "undecided"
-    assert answer.conclusion.startswith("Undecided")
+    (line,) = answer.conclusions
+    assert line.startswith("Undecided: white-box: crafted on the evaluated images themselves. eps")
 
 
 def test_what_was_not_measured_is_named_and_breaks_nothing() -> None:
@@ -180,7 +188,8 @@ def test_what_was_not_measured_is_named_and_breaks_nothing() -> None:
     assert answer.findings == ()
     labels = [contrast.label for contrast in answer.question.contrasts]
     assert answer.missing == tuple((label, eps) for label in labels for eps in BUDGETS)
-    assert answer.conclusion == "Not measured."
+    assert answer.conclusions == []
+    assert "\n- Not measured.\n" in markdown_text([answer], facts=FACTS)
     assert markdown_text([answer], facts=FACTS).count("not measured") == len(answer.missing)
 
 
@@ -193,7 +202,8 @@ def test_the_files_say_the_same_and_are_the_same_bytes_every_time() -> None:
     assert texts[0] == texts[1]
     markdown, content = texts[0][0], json.loads(texts[0][1])
     for entry in content["questions"]:
-        assert entry["conclusion"] in markdown
+        assert entry["conclusions"]
+        assert all(f"\n- {line}\n" in markdown for line in entry["conclusions"])
         for contrast in entry["contrasts"]:
             assert f"| {contrast['label']} |" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("| ")]
@@ -206,7 +216,7 @@ def test_a_verdict_agrees_with_its_interval(one: float, other: float, seed: int)
     meetings = [Meeting("base", v, "base", v) for v in ("full", "sfp", "pp3", "q4")]
     theirs = [Meeting("base", v, "no_clamp", v) for v in ("full", "sfp", "pp3", "q4")]
     asked = Question(
-        *("x", "X?", "did", "Shown.", "None."),
+        *("x", "X?", "did"),
         (Contrast("c", tuple((m,) for m in theirs), tuple((m,) for m in meetings)),),
     )
     measured = planted(lambda m: one if m.source_arm == "no_clamp" else other, seed=seed)
