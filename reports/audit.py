@@ -98,7 +98,9 @@ def _size(found: Finding) -> str:
     low, high = 100 * gap.low, 100 * gap.high
     inside = f", inside \u00b1{100 * MARGIN:.0f} points" if found.verdict == "none" else ""
     once = ", of one run" if found.units == 1 else ""
-    return f"{100 * gap.value:+.1f} points ({low:+.1f} to {high:+.1f}){inside}{once}"
+    # An interval beside zero that is not shown: there are many contrasts, or few units.
+    doubt = f", {p_value(found.p_adjusted)}" if found.verdict == "undecided" else ""
+    return f"{100 * gap.value:+.1f} points ({low:+.1f} to {high:+.1f}){inside}{once}{doubt}"
 
 
 def answers(

@@ -177,6 +177,7 @@ def test_units_that_disagree_leave_it_undecided() -> None:
     assert answer.findings[0].verdict == "undecided"
     (line,) = answer.conclusions
     assert line.startswith("Undecided: white-box: crafted on the evaluated images themselves. eps")
+    assert f", p = {answer.findings[0].p_adjusted:.3f}" in line
 
 
 def test_what_was_not_measured_is_named_and_breaks_nothing() -> None:
