@@ -17,6 +17,7 @@ from harness.audit.contrasts import Contrast, Meeting, Question
 from harness.audit.questions import QUESTIONS, SEEDS
 from reports.audit import Answer, answers, json_text, markdown_text
 from reports.inference import MARGIN
+from reports.words import p_value
 
 N = 4000
 FACTS = ["planted"]
@@ -177,7 +178,7 @@ def test_units_that_disagree_leave_it_undecided() -> None:
     assert answer.findings[0].verdict == "undecided"
     (line,) = answer.conclusions
     assert line.startswith("Undecided: white-box: crafted on the evaluated images themselves. eps")
-    assert f", p = {answer.findings[0].p_adjusted:.3f}" in line
+    assert f", {p_value(answer.findings[0].p_adjusted)}" in line
 
 
 def test_what_was_not_measured_is_named_and_breaks_nothing() -> None:
