@@ -10,7 +10,9 @@
 #
 # `run` ends with 0 when all is done and 124 when work is left: the same call goes on. It leaves in OUT
 #   state.tar.*        results, unfinished work, then what took longest to build, as much as fits;
-#                      `keep` them on the next machine, which goes on from there
+#                      `keep` them on the next machine, before its first run: it goes on from there.
+#                      PARTS (4) and PART_BYTES (14000000) say how much is kept; at width 64 training
+#                      that is unfinished takes 90 MB
 #   published.tar.xz   what scripts/publish.py keeps: report, raw predictions, perturbations
 # A harness.toml that was kept is the experiment; else it is PRESET (paper-fast) on DATASET
 # (cifar10.npz). Everything is the machine's own python3: nothing is installed.
@@ -40,7 +42,15 @@ if packed.exists():
 '
 
 keep() {
+    local file
     mkdir -p "$root/kept"
+    for file in "$@"; do
+        # The first part of another state: those of the one before do not belong to it.
+        case $file in *state.tar.aa) rm -f "$root"/kept/state.tar.?? ;; esac
+    done
+    if [ -d "$root/workspace/cache" ] && [[ " $* " == *state.tar.* ]]; then
+        echo "this machine has a workspace already: the state is not used" >&2
+    fi
     cp -- "$@" "$root/kept/"
     ls -l "$root/kept"
 }
@@ -55,6 +65,10 @@ check() {
 
 # join NAME: the parts NAME.aa, NAME.ab, ... that were kept, as one file on standard output.
 join() {
+    compgen -G "$root/kept/$1.??" >/dev/null || {
+        echo "error: no part of $1 was kept: scripts/gpu_session.sh keep $1.aa (DATASET names it)" >&2
+        exit 1
+    }
     cat -- "$root/kept/$1".??
 }
 
@@ -65,8 +79,17 @@ workspace() {
         mv "$root/joining" "$root/workspace/$dataset"
     fi
     if compgen -G "$root/kept/state.tar.??" >/dev/null && [ ! -d "$root/workspace/cache" ]; then
-        join state.tar | tar -x -C "$root/workspace"
-        (cd "$root/workspace" && "$python" -c "$unpack_results")
+        # All of it or nothing: half a state would be taken for a whole one.
+        rm -rf "$root/unpacking"
+        mkdir "$root/unpacking"
+        if ! join state.tar | tar -x -C "$root/unpacking" ||
+            ! (cd "$root/unpacking" && "$python" -c "$unpack_results"); then
+            rm -rf "$root/unpacking"
+            echo "error: the parts of state.tar are not one whole state: keep all of it anew" >&2
+            exit 1
+        fi
+        cp -r "$root/unpacking/." "$root/workspace/"
+        rm -rf "$root/unpacking"
     fi
     if [ -f "$root/kept/harness.toml" ]; then
         cp "$root/kept/harness.toml" "$root/workspace/"
@@ -123,7 +146,7 @@ state() {
 }
 
 usage() {
-    sed -n '2,20p' "$tree/scripts/gpu_session.sh" >&2
+    sed -n '2,/^set /{/^set /d;p}' "$tree/scripts/gpu_session.sh" >&2
     exit 2
 }
 

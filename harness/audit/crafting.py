@@ -75,7 +75,7 @@ def split(_seeds: int) -> Question:
     means = Means(
         "Crafted on the test images, the attack is weaker.",
         "Their rates are partly fitted to the very images they are judged on.",
-        "A universal perturbation does not profit from having seen the test images.",
+        "A universal perturbation gains nothing that matters by having seen the test images.",
     )
     return Question(
         "split",

@@ -75,7 +75,17 @@ def test_slices_on_one_machine_and_on_the_next(
     assert trained == (tiny.root / "cache" / "q4.pt").read_bytes()
 
     second, later = tmp_path / "second", tmp_path / "later"
-    keep(second, [*parts, *sorted(out.glob("state.tar.*"))])
+    cut_off = tmp_path / "state.tar.aa"
+    cut_off.write_bytes((out / "state.tar.aa").read_bytes()[:20_000])
+    keep(second, [*parts, cut_off])
+    half = session(second, "run", later, "10m", "full", "q4", **data)
+    assert half.returncode == 1
+    assert half.stderr.splitlines()[-1].startswith(
+        "error: the parts of state.tar are not one whole"
+    )
+    assert not (second / "workspace" / "cache").exists()
+    for part in sorted(out.glob("state.tar.*")):
+        assert session(second, "keep", part).returncode == 0
     again = session(second, "run", later, "10m", "full", "q4", **data)
     assert again.returncode == 0, again.stderr
     # Nothing was trained, crafted, exported or evaluated again.
@@ -139,6 +149,13 @@ def test_what_has_no_room_is_named_and_the_rest_is_kept(
     assert not inside & left_out
     built = {f"cache/{path.name}" for path in (machine / "workspace" / "cache").glob("*.*")}
     assert built <= inside | left_out
+
+
+def test_without_data_it_says_what_to_keep(tmp_path: Path) -> None:
+    done = session(tmp_path, "run", tmp_path / "out", "1s", "full", DATASET="mine.npz")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no part of mine.npz was kept: ")
 
 
 def test_parts_are_kept_from_whatever_folder_they_are_named_in(
