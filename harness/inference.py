@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from harness.models.integer import IntegerResNet
 from harness.records import Machine
 
 _ON_GPU = threading.Lock()
@@ -40,8 +41,10 @@ def predict(
     """
     predictions: list[npt.NDArray[np.int64]] = []
     alone = _ON_GPU if device.type == "cuda" else contextlib.nullcontext()
-    # A GPU's TF32 would make PyTorch the less exact side of the comparison.
-    with alone, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    # A GPU's TF32 would make PyTorch the less exact side of the comparison; of whole numbers of at
+    # most 11 bits, as an integer network has, its products and sums are exact.
+    whole = isinstance(model, IntegerResNet)
+    with alone, torch.backends.cudnn.flags(enabled=True, allow_tf32=whole):
         delta = None if delta_255 is None else torch.from_numpy(delta_255).to(device)
         for start in range(0, len(images), batch_size):
             pixels = torch.from_numpy(images[start : start + batch_size]).to(device)

@@ -17,12 +17,10 @@ Enters: frozen deployed models, uint8 images. Leaves: one perturbation per reque
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,11 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial, write_partial
+from harness.crafting.arithmetic import Function, crafted_on
 from harness.crafting.seen import Seen
 from harness.crafting.selection import LAST, Chosen, select, selection_cost
 from harness.data.dataset import Split
-from harness.models.brought import BroughtModel
-from harness.models.integer import IntegerResNet
 
 SAVE_INTERVAL_SECONDS = 5.0
 IMAGES_AT_ONCE = {"cpu": 64, "cuda": 4096}
@@ -174,7 +171,7 @@ def craft_together(
     steps, per_epoch = planned_steps(rule, n), -(-n // rule.batch_size)
     order = _orders(starts, rule, n, epoch=at_step // per_epoch).to(device)
     last_save = time.monotonic()
-    with _mode(networks, rule, device):
+    with crafted_on(networks, batch_statistics=rule.batch_statistics, device=device) as functions:
         for t in range(at_step, steps):
             epoch, within = divmod(t, per_epoch)
             if within == 0:
@@ -186,7 +183,7 @@ def craft_together(
             over = torch.empty_like(loss)
             for i, turn in _turns(starts, len(networks), t).items():
                 gradient[turn], loss[turn], over[turn] = _gradients(
-                    networks[i], images, batch[turn], y[turn], delta[turn], rule
+                    functions[i], images, batch[turn], y[turn], delta[turn], rule
                 )
             update = gradient
             if rule.momentum > 0:
@@ -209,10 +206,7 @@ def craft_together(
             chosen = Chosen(mine[0], LAST, ())
             if rule.selection:
                 chosen = select(
-                    [
-                        functools.partial(_logits, networks[i], rule=rule)
-                        for i in _members(job, len(networks))
-                    ],
+                    [functions[i] for i in _members(job, len(networks))],
                     images,
                     labels[first],
                     list(mine),
@@ -259,7 +253,7 @@ def _budget(request: Request, rule: Rule) -> float:
 
 
 def _gradients(
-    model: nn.Module, images: Tensor, batch: Tensor, y: Tensor, delta: Tensor, rule: Rule
+    logits_of: Function, images: Tensor, batch: Tensor, y: Tensor, delta: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient [K, C, H, W] of each mean clamped loss, that loss [K], samples beyond beta [K])."""
     K, B = batch.shape
@@ -271,8 +265,9 @@ def _gradients(
         chunk = slice(first, min(first + at_once, K))
         leaf = delta[chunk].detach().requires_grad_()
         attacked = (images[batch[chunk]].float() + leaf.unsqueeze(1)).clamp(0, 255).flatten(0, 1)
-        logits = _logits(model, attacked, rule=rule)
-        per_sample = F.cross_entropy(logits, y[chunk].flatten(), reduction="none").view(-1, B)
+        per_sample = F.cross_entropy(
+            logits_of(attacked), y[chunk].flatten(), reduction="none"
+        ).view(-1, B)
         loss = per_sample.clamp(max=rule.beta).mean(dim=1)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         over = (per_sample.detach() > rule.beta).float().sum(dim=1)
@@ -302,48 +297,3 @@ def _orders(jobs: Sequence[Job], rule: Rule, n: int, *, epoch: int) -> Tensor:
         return torch.arange(n).expand(len(jobs), -1)
     orders = [np.random.default_rng((job.seed, epoch)).permutation(n) for job in jobs]
     return torch.from_numpy(np.stack(orders))
-
-
-def _logits(network: nn.Module, pixels: Tensor, *, rule: Rule) -> Tensor:
-    """Float32 [N, classes]; in fast arithmetic on a GPU where that changes no code."""
-    fast = pixels.device.type == "cuda" and not _exact(network, rule)
-    with torch.autocast("cuda", dtype=torch.bfloat16) if fast else contextlib.nullcontext():
-        logits: Tensor = network(pixels.contiguous(memory_format=torch.channels_last))
-        return logits.float()
-
-
-def _exact(network: nn.Module, rule: Rule) -> bool:
-    # Whole numbers up to 2^24 are exact in float32 only: no bf16, no TF32 for them.
-    # And what reproduces the authors' runs has their arithmetic.
-    # What a user brought may not bear bf16 (fake quantisation, operators of its own).
-    return isinstance(network, IntegerResNet | BroughtModel) or rule.batch_statistics
-
-
-@contextlib.contextmanager
-def _mode(networks: Sequence[nn.Module], rule: Rule, device: torch.device) -> Iterator[None]:
-    """The networks as the rule wants them; fast arithmetic where it changes no code."""
-    for network in networks:
-        set_batch_statistics(network, rule.batch_statistics)
-    try:
-        with contextlib.ExitStack() as stack:
-            if device.type == "cuda":
-                exact = any(_exact(network, rule) for network in networks)
-                flags = torch.backends.cudnn.flags(
-                    enabled=True, deterministic=True, allow_tf32=not exact
-                )
-                stack.enter_context(flags)
-            yield
-    finally:
-        for network in networks:
-            set_batch_statistics(network, False)
-
-
-def set_batch_statistics(model: nn.Module, enabled: bool) -> None:
-    """Batch norm by the batch at hand, or by what training left."""
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # Batch statistics, but the running ones stay as trained: the authors' runs
-            # polluted each other's models, ours start from the same model every time.
-            module.train(enabled)
-            module.track_running_stats = not enabled

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from harness.crafting.arithmetic import set_batch_statistics
 from harness.crafting.perturbation import (
     Perturbation,
     from_levels,
@@ -30,7 +31,6 @@ from harness.crafting.together import (
     Request,
     craft_together,
     planned_steps,
-    set_batch_statistics,
 )
 from harness.data.dataset import Split
 from harness.pipeline.attack_settings import Settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from harness.crafting.sgd import SgdSettings, craft_sgd
 from harness.crafting.together import Request
 from harness.data.dataset import Dataset, Split, load_dataset
 from harness.inference import predict
+from harness.models.folded import fold
+from harness.models.fused import FusedResNet, can_fuse
 from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.checkpoints import deployed_form
@@ -78,6 +81,22 @@ def test_integer_network_is_exact_on_cuda(data: Dataset, full: ResNet, tmp_path:
         twin.to(CUDA)
         stem_gpu = twin.stem(pixels.to(CUDA) - twin.mean_255)
     assert torch.equal(stem_cpu, stem_gpu.cpu())
+
+
+def test_fused_network_has_the_gradients_of_the_folded_one(data: Dataset, full: ResNet) -> None:
+    folded = fold(full.to(CPU)).to(CUDA)
+    assert can_fuse(folded)
+    pixels = torch.from_numpy(data.attack.images).float().to(CUDA)
+    labels = torch.from_numpy(data.attack.labels).to(CUDA)
+
+    def gradient(network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        leaf = pixels.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(network(leaf), labels, reduction="sum")
+        return torch.autograd.grad(loss, leaf)[0].flatten()
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        fused, plain = gradient(FusedResNet(folded)), gradient(folded)
+    assert torch.nn.functional.cosine_similarity(fused, plain, dim=0) > 0.98
 
 
 def test_crafting_on_cuda_beats_random_sign(data: Dataset, full: ResNet, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""What a network computes with while perturbations are crafted on it.
+
+Enters: frozen networks, where they are, and whether they are to be taken as they come. Leaves: a
+function of pixels for each, in fast arithmetic on a GPU where that changes no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from harness.models.brought import BroughtModel
+from harness.models.folded import FoldedResNet
+from harness.models.fused import FusedResNet, can_fuse
+from harness.models.integer import IntegerResNet
+
+Function = Callable[[Tensor], Tensor]
+"""Pixels float32 [N, C, H, W] -> logits float32 [N, classes], differentiable in the pixels."""
+
+
+@contextlib.contextmanager
+def crafted_on(
+    networks: Sequence[nn.Module], *, batch_statistics: bool, device: torch.device
+) -> Iterator[list[Function]]:
+    """The networks as functions; what is set for them is put back when the context is left.
+
+    Args:
+        networks: frozen, on `device`.
+        batch_statistics: batch norm in train mode, as the authors had it; then the arithmetic is
+            theirs, too.
+        device: where to craft.
+    """
+    for network in networks:
+        set_batch_statistics(network, batch_statistics)
+    plain = batch_statistics or any(isinstance(n, BroughtModel) for n in networks)
+    try:
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(
+                    torch.backends.cudnn.flags(
+                        enabled=True, deterministic=True, allow_tf32=not plain
+                    )
+                )
+            yield [_function(n, batch_statistics=batch_statistics, device=device) for n in networks]
+    finally:
+        for network in networks:
+            set_batch_statistics(network, False)
+
+
+def set_batch_statistics(model: nn.Module, enabled: bool) -> None:
+    """Batch norm by the batch at hand, or by what training left."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Batch statistics, but the running ones stay as trained: the authors' runs
+            # polluted each other's models, ours start from the same model every time.
+            module.train(enabled)
+            module.track_running_stats = not enabled
+
+
+def _function(network: nn.Module, *, batch_statistics: bool, device: torch.device) -> Function:
+    # An integer network's whole numbers are exact in TF32's 11 bits, and their sums are left in
+    # float32; bf16's 8 bits hold neither. What a user brought may not bear bf16 (fake
+    # quantisation, operators of its own).
+    as_it_comes = batch_statistics or isinstance(network, IntegerResNet | BroughtModel)
+    fast = device.type == "cuda" and not as_it_comes
+    if fast and can_fuse(network):
+        assert isinstance(network, FoldedResNet)
+        return FusedResNet(network)
+
+    def logits_of(pixels: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16) if fast else contextlib.nullcontext():
+            logits: Tensor = network(pixels.contiguous(memory_format=torch.channels_last))
+            return logits.float()
+
+    return logits_of
