@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.models import kernels
+
 ACTIVATION_LEVELS: dict[int, tuple[int, ...]] = {
     2: (0, 1, 2, 4),
     3: (0, 1, 2, 3, 4, 6, 8, 10),
@@ -70,6 +72,30 @@ class _Project(torch.autograd.Function):
         return grads[0], None
 
 
+class _ProjectAndScale(torch.autograd.Function):
+    """A step times the level nearest to clip(x / step, low, top), in one kernel each way.
+
+    With the gradients of the operations that it stands for: of x through the clip alone, of the
+    step what they add up to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, table: tuple[int, ...], low: int, top: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.table, ctx.low, ctx.top = table, low, top
+        return kernels.projected(x, step, table, low=low, top=top)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, step = ctx.saved_tensors
+        of_x, of_step = kernels.projected_gradients(
+            grads[0], x, step, ctx.table, low=ctx.low, top=ctx.top
+        )
+        return of_x, of_step.sum(), None, None, None
+
+
 class ApotConv2d(nn.Conv2d):
     """Convolution over APoT activations with APoT weights; each has its own learned clip.
 
@@ -96,10 +122,17 @@ class ApotConv2d(nn.Conv2d):
         ):
             cells = half_unit_table(levels)[: 2 * levels[-1] + 1]
             self.register_buffer(name, torch.from_numpy(cells).float(), persistent=False)
+        self._activation_cells = tuple(int(n) for n in half_unit_table(ACTIVATION_LEVELS[bits]))
+        self._weight_cells = tuple(int(n) for n in half_unit_table(WEIGHT_LEVELS[bits]))
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self.activation_alpha.clamp(min=MIN_ALPHA)
         step = alpha / self.activation_max
+        if kernels.usable(x):
+            quantised: Tensor = _ProjectAndScale.apply(  # type: ignore[no-untyped-call]
+                x, step, self._activation_cells, 0, self.activation_max
+            )
+            return F.conv2d(quantised, self.quantised_weight(), None, self.stride, self.padding)
         units = (x / step).clamp(0, self.activation_max)
         # clamp() has no gradient for alpha beyond the clip; multiplying by step restores it.
         levels = _Project.apply(units, self.activation_table)  # type: ignore[no-untyped-call]
@@ -107,6 +140,12 @@ class ApotConv2d(nn.Conv2d):
 
     def quantised_weight(self) -> Tensor:
         """Weights as alpha * Q(clip(normalised weight / alpha)), differentiable."""
+        if kernels.usable(self.weight):
+            normalised, step = self._normalised_weight()
+            quantised: Tensor = _ProjectAndScale.apply(  # type: ignore[no-untyped-call]
+                normalised, step, self._weight_cells, -self.weight_max, self.weight_max
+            )
+            return quantised
         levels, step = self._weight_levels()
         return levels * step
 
@@ -116,10 +155,13 @@ class ApotConv2d(nn.Conv2d):
             levels, step = self._weight_levels()
         return levels.cpu().numpy().astype(np.int8), float(step)
 
-    def _weight_levels(self) -> tuple[Tensor, Tensor]:
+    def _normalised_weight(self) -> tuple[Tensor, Tensor]:
         # Population std: one definition for the twin and for training.
         normalised = (self.weight - self.weight.mean()) / self.weight.std(correction=0)
-        step = self.weight_alpha.clamp(min=MIN_ALPHA) / self.weight_max
+        return normalised, self.weight_alpha.clamp(min=MIN_ALPHA) / self.weight_max
+
+    def _weight_levels(self) -> tuple[Tensor, Tensor]:
+        normalised, step = self._normalised_weight()
         units = (normalised / step).clamp(-self.weight_max, self.weight_max)
         levels: Tensor = _Project.apply(units.abs(), self.weight_table)  # type: ignore[no-untyped-call]
         return levels * torch.sign(units).detach(), step

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.models import kernels
 from harness.models.folded import FoldedBlock, FoldedResNet
 
 STEM_CHANNELS = 8
@@ -66,6 +67,7 @@ class FusedResNet:
         self.mean_255 = network.mean_255.float()
         self.channels = network.stem.in_channels
         self.stem = _stem(network.stem, dtype)
+        self.stem_back = _turned(network.stem, dtype)
         self.blocks = [_block(block, dtype) for block in network.blocks()]
         self.fc_weight, self.fc_bias = network.fc.weight.detach(), network.fc.bias.detach()
 
@@ -93,23 +95,18 @@ class FusedResNet:
         last = kept[-1]
         area = last.shape[2] * last.shape[3]
         features = (logits @ self.fc_weight / area).to(self.dtype)
-        gradient = features[:, :, None, None].expand_as(last)
+        # A masked output is zero, so that the same comparison masks its gradient.
+        gradient = _where_positive(features[:, :, None, None].expand_as(last), last)
         for i in range(len(self.blocks) - 1, -1, -1):
-            block, x, inner, y = self.blocks[i], kept[2 * i], kept[2 * i + 1], kept[2 * i + 2]
-            # A masked output is zero, so that the same comparison masks its gradient.
-            gradient = _where_positive(gradient, y)
+            block, x, inner = self.blocks[i], kept[2 * i], kept[2 * i + 1]
             through = _where_positive(_gradient(gradient, inner, block.conv2), inner)
             through = _gradient(through, x, block.conv1)
             if block.shortcut is not None:
                 gradient = _gradient(gradient, x, block.shortcut)
-            gradient = through.add_(gradient)
-        gradient = _where_positive(gradient, kept[0])
-        n, _, height, width = gradient.shape
-        shape = (n, self.stem.weight.shape[1], height, width)
-        packed = gradient.new_empty(shape).to(memory_format=torch.channels_last)
-        both = _gradient(gradient, packed, self.stem)
+            gradient = _add_where_positive(through, gradient, x)
         # The whole part and the rest have the same weights, so also the same gradient.
-        return both[:, : self.channels].float()
+        back: Tensor = F.conv2d(gradient, self.stem_back, padding=self.stem.padding)
+        return back[:, : self.channels].float()
 
     def _packed(self, pixels: Tensor) -> Tensor:
         """[whole part less the mean, rest, zeros] along the channels."""
@@ -141,6 +138,9 @@ def can_fuse(network: nn.Module) -> bool:
     """Whether it is a network this file knows, of the sizes that tensor cores take."""
     if not isinstance(network, FoldedResNet):
         return False
+    stem = network.stem
+    if stem.stride != (1, 1) or stem.padding != (stem.kernel_size[0] // 2,) * 2:
+        return False
     return all(
         block.skip_channels is None
         and block.conv1.out_channels % STEM_CHANNELS == 0
@@ -156,6 +156,15 @@ def _stem(conv: nn.Conv2d, dtype: torch.dtype) -> _Conv:
     filling = -2 * channels % STEM_CHANNELS
     weight = F.pad(torch.cat([made.weight, made.weight], dim=1), (0, 0, 0, 0, 0, filling))
     return _Conv(_last(weight, dtype), made.bias.to(dtype), made.stride, made.padding)
+
+
+def _turned(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+    """The weight [filled up C, O, k, k] whose convolution is the gradient of the stem's input.
+
+    cuDNN has no tensor-core kernel for a gradient of so few channels, but one for this.
+    """
+    weight = conv.weight.detach().transpose(0, 1).flip(2, 3)
+    return _last(F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % STEM_CHANNELS)), dtype)
 
 
 def _block(block: FoldedBlock, dtype: torch.dtype) -> _Block:
@@ -206,6 +215,12 @@ def _gradient(gradient: Tensor, x: Tensor, conv: _Conv) -> Tensor:
         [True, False, False],
     )[0]  # fmt: skip
     return wanted
+
+
+def _add_where_positive(one: Tensor, other: Tensor, y: Tensor) -> Tensor:
+    if kernels.usable(one):
+        return kernels.add_where_positive(one, other, y)
+    return _where_positive(one.add_(other), y)
 
 
 def _where_positive(gradient: Tensor, y: Tensor) -> Tensor:

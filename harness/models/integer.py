@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.models import kernels
 from harness.models.apot import (
     ACTIVATION_LEVELS,
     half_unit_table,
@@ -53,6 +54,54 @@ class _Levels(torch.autograd.Function):
         return inside.mul_(0.5), None, None
 
 
+class _Quantised(torch.autograd.Function):
+    """`_Levels` of (x - quarter) / half, in one kernel each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quarter: Tensor, half: Tensor, levels: LevelTable) -> Tensor:
+        ctx.save_for_backward(x, quarter, half)
+        ctx.top = levels.top
+        return kernels.quantised(x, quarter, half, levels.codes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        of_x = kernels.quantised_gradient(grads[0], *ctx.saved_tensors, top=ctx.top)
+        return of_x, None, None, None
+
+
+class _Requantised(torch.autograd.Function):
+    """`_Levels` of (multiplier * sums + bias) * gain, in one kernel each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: Tensor, bias: Tensor, gain: Tensor, levels: LevelTable, multiplier: int
+    ) -> Tensor:
+        ctx.save_for_backward(sums, bias, gain)
+        ctx.top, ctx.multiplier = levels.top, multiplier
+        return kernels.requantised(sums, bias, gain, levels.codes, multiplier=multiplier)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        of_sums = kernels.requantised_gradient(
+            grads[0], *ctx.saved_tensors, top=ctx.top, multiplier=ctx.multiplier
+        )
+        return of_sums, None, None, None, None
+
+
+class _Rescaled(torch.autograd.Function):
+    """round(sums) * scale + shift in one kernel; rounding passes the gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return kernels.rescaled(sums, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return grads[0] * scale, None, None
+
+
 @cache
 def _just_outside(low: float, high: float) -> tuple[float, float]:
     """The open interval of float32 that holds the closed one and nothing more."""
@@ -71,6 +120,7 @@ class LevelTable(nn.Module):
         self.bits = bits
         self.top = ACTIVATION_LEVELS[bits][-1]
         table = half_unit_table(ACTIVATION_LEVELS[bits])
+        self.codes = tuple(int(level) for level in table)
         self.register_buffer("table", torch.from_numpy(table).float())
 
     def forward(self, half_units: Tensor) -> Tensor:
@@ -93,7 +143,11 @@ class ActivationQuantiser(nn.Module):
         self.levels = LevelTable(bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels: Tensor = self.levels((x - self.quarter_unit).div_(self.half_unit))
+        levels: Tensor
+        if kernels.usable(x):
+            levels = _Quantised.apply(x, self.quarter_unit, self.half_unit, self.levels)  # type: ignore[no-untyped-call]
+        else:
+            levels = self.levels((x - self.quarter_unit).div_(self.half_unit))
         return levels
 
 
@@ -109,10 +163,14 @@ class IntegerConv(nn.Module):
         self.register_buffer("weight", torch.from_numpy(weight.astype(np.float32)))
 
     def forward(self, levels: Tensor) -> Tensor:
-        sums = F.conv2d(levels, self.weight, None, stride=self.stride, padding=self.padding)
+        sums = self.unrounded(levels)
         # The sums are whole; rounding removes what a fast convolution algorithm may leave.
         sums.data.round_()  # the gradient passes through
         return sums
+
+    def unrounded(self, levels: Tensor) -> Tensor:
+        """For who rounds the sums himself."""
+        return F.conv2d(levels, self.weight, None, stride=self.stride, padding=self.padding)
 
     def weight_int8(self) -> npt.NDArray[np.int8]:
         """The integer weights [O, I, k, k]."""
@@ -151,8 +209,14 @@ class RequantisedConv(nn.Module):
         self.register_buffer("bias", _per_channel(bias.astype(np.float32)))
 
     def forward(self, levels: Tensor) -> Tensor:
-        accumulated = torch.add(self.bias, self.conv(levels), alpha=self.multiplier)
-        out: Tensor = self.output.levels(accumulated.mul_(self.gain))
+        out: Tensor
+        table = self.output.levels
+        if kernels.usable(levels):
+            sums = self.conv.unrounded(levels)
+            out = _Requantised.apply(sums, self.bias, self.gain, table, self.multiplier)  # type: ignore[no-untyped-call]
+        else:
+            accumulated = torch.add(self.bias, self.conv(levels), alpha=self.multiplier)
+            out = table(accumulated.mul_(self.gain))
         return out
 
     def bias_int32(self) -> npt.NDArray[np.int32]:
@@ -173,8 +237,13 @@ class RescaledConv(nn.Module):
         self.register_buffer("shift", _per_channel(shift))
 
     def forward(self, levels: Tensor) -> Tensor:
-        rescaled: Tensor = self.conv(levels) * self.scale
-        return rescaled.add_(self.shift)
+        rescaled: Tensor
+        if kernels.usable(levels):
+            sums = self.conv.unrounded(levels)
+            rescaled = _Rescaled.apply(sums, self.scale, self.shift)  # type: ignore[no-untyped-call]
+        else:
+            rescaled = (self.conv(levels) * self.scale).add_(self.shift)
+        return rescaled
 
 
 class IntegerBlock(nn.Module):

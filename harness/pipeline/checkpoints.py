@@ -6,6 +6,8 @@ Enters: the data and, for a compressed variant, its parent's checkpoint. Leaves:
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -139,18 +141,19 @@ def _train(context: Context, variant: Variant, progress: Progress) -> None:
         meta["parent_sha256"] = context.sha256(path)
     key = checkpoint_key(context, variant)
     partial = workspace.partial(f"train_{variant.name}")
-    model = build_variant(
-        Build(
-            variant=variant,
-            config=context.config,
-            data=context.data,
-            parent=parent,
-            key=f"{key} from {meta.get('parent_sha256', 'scratch')}",
-            partial=partial,
-            device=context.accelerator,
-            progress=lambda done, total, note: progress(done / max(total, 1), note),
-        )
-    )
+    with _queue_of_its_own(context.accelerator):
+        model = build_variant(
+            Build(
+                variant=variant,
+                config=context.config,
+                data=context.data,
+                parent=parent,
+                key=f"{key} from {meta.get('parent_sha256', 'scratch')}",
+                partial=partial,
+                device=context.accelerator,
+                progress=lambda done, total, note: progress(done / max(total, 1), note),
+            )
+        ).cpu()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
         partial.unlink(missing_ok=True)
         raise HarnessError(
@@ -161,6 +164,13 @@ def _train(context: Context, variant: Variant, progress: Progress) -> None:
         workspace.checkpoint(variant.name), model, variant=variant.name, key=key, meta=meta
     )
     partial.unlink(missing_ok=True)
+
+
+def _queue_of_its_own(accelerator: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Work on a GPU that does not wait for that of another model's training."""
+    if accelerator.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(accelerator))
 
 
 def deployed_form(model: ResNet) -> nn.Module:

@@ -33,6 +33,9 @@ TRAIN_THREADS = 1
 """The same for training: small models train faster side by side than over several cores."""
 MAX_JOBS = 4
 """Models trained side by side at most: each takes memory."""
+GPU_JOBS = 2
+"""The same on a GPU: one leaves it idle while the next step is prepared, two do not (ResNet-18 of
+width 64 on an H200: 1.4 times the images a second)."""
 MAX_EVALUATIONS = 10
 """Exported models evaluated side by side at most, of as many as there are variants."""
 
@@ -194,9 +197,9 @@ def use_cpu_threads(threads: int) -> None:
 
 
 def jobs_for(accelerator: torch.device) -> int:
-    """How many models are trained side by side: one on a GPU, else what the cores allow."""
+    """How many models are trained side by side: two on a GPU, else what the cores allow."""
     if accelerator.type != "cpu":
-        return 1
+        return GPU_JOBS
     return max(1, min(MAX_JOBS, _lanes()))
 
 

@@ -159,7 +159,7 @@ def evaluate_task(
             torch_share=task.work / task.weight if task.weight else 0.0,
         ),
         beside="cores" if beside else None,
-        after=tuple(f"craft {path.stem}" for path in uap_paths),
+        after=(f"export {victim.onnx.stem}", *(f"craft {path.stem}" for path in uap_paths)),
     )
     return task
 

@@ -28,7 +28,7 @@ from harness.pipeline.checkpoints import (
     reference_form,
     valid_checkpoint,
 )
-from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
+from harness.pipeline.context import CPU_THREADS, TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.pipeline.tuning import chosen_kernels
 from harness.records import (
@@ -145,13 +145,14 @@ def _export_task(context: Context, variant: Variant | Derived, *, compat: bool) 
         core_work=EXPORT_FORWARDS,
         is_done=lambda: valid_export(context, variant, compat=compat) is not None,
         run=lambda progress: _export(context, variant, progress, compat=compat),
+        beside="cores",
     )
 
 
 def _export(
     context: Context, variant: Variant | Derived, progress: Progress, *, compat: bool
 ) -> None:
-    use_cpu_threads(CPU_THREADS)
+    use_cpu_threads(TRAIN_THREADS if context.jobs["cores"] > 1 else CPU_THREADS)
     _say_if_damaged(context, _path(context, variant, compat=compat))
     checkpoint_path = context.workspace.checkpoint(trained_for(variant.name).name)
     trained = load_checkpoint(checkpoint_path).build()

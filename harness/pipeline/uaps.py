@@ -39,7 +39,7 @@ from harness.pipeline.checkpoints import (
 )
 from harness.pipeline.context import Context
 from harness.pipeline.craft_pass import craft_pass, new_perturbation, passes
-from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.tasks import Progress, Shared, Task
 from harness.pipeline.uap_files import check_name, checkpoints_sha256, uap_key, valid_uap
 from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, variant_named
@@ -84,7 +84,7 @@ def _control_task(context: Context, name: UapName) -> Task:
         work=0.0,
         is_done=lambda: valid_uap(context, name),
         run=lambda _progress: _make_control(context, name),
-        beside="accelerator",
+        beside=_beside(context),
     )
 
 
@@ -118,7 +118,7 @@ class _Pass:
                 # What this very pass made was not there before: its task is run, in no time.
                 is_done=lambda: name.stem not in self._made and valid_uap(context, name),
                 run=self._run,
-                beside="accelerator",
+                beside=_beside(context),
                 after=(*trained, *before),
             )
 
@@ -161,6 +161,11 @@ def _craft(
         partial=partial,
         progress=progress,
     )
+
+
+def _beside(context: Context) -> Shared | None:
+    # One pass fills a GPU; and the arithmetic that it sets there is the process's.
+    return "accelerator" if context.accelerator.type == "cpu" else None
 
 
 def _statistics(settings: Settings) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from harness.crafting.sgd import SgdSettings, craft_sgd
 from harness.crafting.together import Request
 from harness.data.dataset import Dataset, Split, load_dataset
 from harness.inference import predict
+from harness.models import kernels
+from harness.models.apot import ApotConv2d
 from harness.models.folded import fold
 from harness.models.fused import FusedResNet, can_fuse
 from harness.models.integerise import integerise
@@ -71,6 +74,58 @@ def test_trained_on_cuda_predicts_the_same_on_cpu(data: Dataset, full: ResNet) -
     on_cpu = predict(full.to(CPU), images, None, device=CPU)
     assert accuracy(on_gpu, data.evaluation) > 0.8
     assert np.mean(on_gpu == on_cpu) >= 0.995
+
+
+def test_training_side_by_side_changes_no_weight(data: Dataset, tmp_path: Path) -> None:
+    made: dict[str, ResNet] = {}
+
+    def work(name: str) -> None:
+        folder = tmp_path / name
+        folder.mkdir()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made[name] = train("full", data, None, folder).cpu()
+
+    work("alone")
+    crew = [threading.Thread(target=work, args=(name,)) for name in ("one", "other")]
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    alone = made["alone"].state_dict()
+    for name in ("one", "other"):
+        for key, tensor in made[name].state_dict().items():
+            assert torch.equal(tensor, alone[key]), (name, key)
+
+
+@pytest.mark.parametrize("name", ["q4", "q2"])
+def test_kernels_have_the_values_of_the_operations(
+    name: str, data: Dataset, full: ResNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train(name, data, full.to(CPU), tmp_path)
+    layers = [m for m in trained.modules() if isinstance(m, ApotConv2d)]
+    twin = integerise(trained.to(CPU)).to(CUDA)
+    trained.to(CUDA)
+    pixels = torch.from_numpy(data.evaluation.images[:64]).float().to(CUDA)
+    with torch.no_grad():
+        activations = torch.relu(trained.bn1(trained._stem(pixels)))
+
+    def everything() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        leaf = pixels.clone().requires_grad_()
+        logits = twin(leaf.contiguous(memory_format=torch.channels_last))
+        exact = [logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]]
+        x = activations.clone().requires_grad_()
+        out = layers[0](x)
+        wanted = [x, layers[0].weight, layers[0].activation_alpha, layers[0].weight_alpha]
+        return exact, [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        exact, close = everything()
+        monkeypatch.setattr(kernels, "usable", lambda _x: False)
+        plain, nearly = everything()
+    for one, other in zip(exact, plain, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(close, nearly, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_integer_network_is_exact_on_cuda(data: Dataset, full: ResNet, tmp_path: Path) -> None:
