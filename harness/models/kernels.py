@@ -18,13 +18,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+SMALLEST = 2**18
+"""Elements below which a GPU is not short of memory bandwidth; compiling a kernel takes a second or
+two, once a machine."""
 _Kernel = Callable[..., Tensor]
 _HEAD = "template <typename T> "
 
 
 def usable(x: Tensor) -> bool:
-    """Whether these kernels run where `x` is."""
-    return x.is_cuda and torch.version.cuda is not None and hasattr(torch.cuda, "jiterator")
+    """Whether these kernels run where `x` is, and pay for being compiled."""
+    return (
+        x.is_cuda
+        and x.numel() >= SMALLEST
+        and torch.version.cuda is not None
+        and hasattr(torch.cuda, "jiterator")
+    )
 
 
 def add_where_positive(one: Tensor, other: Tensor, y: Tensor) -> Tensor:

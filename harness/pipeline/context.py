@@ -103,7 +103,7 @@ class Context:
         """How many tasks run side by side, by what they share."""
         return {
             "accelerator": jobs_for(self.accelerator),
-            "cores": max(1, min(MAX_EVALUATIONS, _lanes())),
+            "cores": max(1, min(MAX_EVALUATIONS, lanes())),
         }
 
     @property
@@ -200,10 +200,10 @@ def jobs_for(accelerator: torch.device) -> int:
     """How many models are trained side by side: two on a GPU, else what the cores allow."""
     if accelerator.type != "cpu":
         return GPU_JOBS
-    return max(1, min(MAX_JOBS, _lanes()))
+    return max(1, min(MAX_JOBS, lanes()))
 
 
-def _lanes() -> int:
+def lanes() -> int:
     """How many models the cores have room for, each with its threads."""
     # Linux says which cores are ours; elsewhere all are.
     allowed = getattr(os, "sched_getaffinity", None)

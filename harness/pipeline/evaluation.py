@@ -22,8 +22,9 @@ from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.checkpoints import reference_form
 from harness.pipeline.context import (
     CPU_THREADS,
-    TRAIN_THREADS,
+    MAX_EVALUATIONS,
     Context,
+    lanes,
     use_cpu_threads,
 )
 from harness.pipeline.exports import model_record
@@ -112,18 +113,20 @@ def evaluate_task(
     uap_paths: Sequence[Path],
     device: Device,
     budget: Budget,
+    *,
+    beside: int = MAX_EVALUATIONS,
 ) -> Task:
     """Evaluate one victim, clean and under each UAP, on the device and in PyTorch.
 
-    On this machine models are evaluated side by side, each on one thread: small models are faster
-    so, and where PyTorch has a GPU the cores have nothing else to do. A board has one runner, and
-    a time budget is of a machine that does nothing else.
+    On this machine models are evaluated side by side, up to `beside` of them, each on its share of
+    the cores: small models are faster so, and where PyTorch has a GPU the cores have nothing else
+    to do. A board has one runner, and a time budget is of a machine that does nothing else.
     """
     if victim.checkpoint is None:
         # PyTorch has no say about a model that a user brought: nothing would correct a sample.
         budget = replace(budget, images=None)
-    beside = device.name == "local" and not budget.limited
-    threads = threads_for(context) if beside else None
+    in_crew = device.name == "local" and not budget.limited
+    threads = threads_for(context, beside) if in_crew else None
     conditions = 1 + len(uap_paths)
     images = len(context.data.evaluation)
     on_cores, known_s = DEVICE_COST * conditions * budget.of(images), 0.0
@@ -158,15 +161,16 @@ def evaluate_task(
             threads=threads,
             torch_share=task.work / task.weight if task.weight else 0.0,
         ),
-        beside="cores" if beside else None,
+        beside="cores" if in_crew else None,
         after=(f"export {victim.onnx.stem}", *(f"craft {path.stem}" for path in uap_paths)),
     )
     return task
 
 
-def threads_for(context: Context) -> int | None:
+def threads_for(context: Context, victims: int) -> int | None:
     """Threads of each of several victims on this machine; None where they come one by one."""
-    return TRAIN_THREADS if context.jobs["cores"] > 1 else None
+    jobs = context.jobs["cores"]
+    return max(1, lanes() // min(jobs, victims)) if jobs > 1 else None
 
 
 def evaluate(

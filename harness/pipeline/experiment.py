@@ -110,7 +110,7 @@ def experiment_tasks(context: Context, variants: list[str], device: Device) -> l
     budget = budget_for(main, len(variants), images=images)
     for victim in victims:
         uaps = [context.workspace.uap(u) for u in victim_uap_names(context, victim.name, variants)]
-        tasks.append(evaluate_task(context, victim, uaps, main, budget))
+        tasks.append(evaluate_task(context, victim, uaps, main, budget, beside=len(victims)))
     if device.emulated:
         budget = budget_for(device, len(variants), images=images)
         for victim in victims:
@@ -197,7 +197,10 @@ def attack_tasks(
     budget = budget_for(
         device, len(victims), images=images or None, seconds=budget_s, until_ci=until_ci
     )
-    tasks += [evaluate_task(context, victim, paths, device, budget) for victim in victims]
+    tasks += [
+        evaluate_task(context, victim, paths, device, budget, beside=len(victims))
+        for victim in victims
+    ]
     if latency != "none":
         tasks.append(latency_task(context, victims, device, uap=paths[0], mode=latency))
     if instructions:

@@ -76,8 +76,11 @@ def test_trained_on_cuda_predicts_the_same_on_cpu(data: Dataset, full: ResNet) -
     assert np.mean(on_gpu == on_cpu) >= 0.995
 
 
-def test_training_side_by_side_changes_no_weight(data: Dataset, tmp_path: Path) -> None:
+def test_training_side_by_side_changes_no_weight(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: dict[str, ResNet] = {}
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as a command sets it
 
     def work(name: str) -> None:
         folder = tmp_path / name
@@ -101,6 +104,7 @@ def test_training_side_by_side_changes_no_weight(data: Dataset, tmp_path: Path) 
 def test_kernels_have_the_values_of_the_operations(
     name: str, data: Dataset, full: ResNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
     trained = train(name, data, full.to(CPU), tmp_path)
     layers = [m for m in trained.modules() if isinstance(m, ApotConv2d)]
     twin = integerise(trained.to(CPU)).to(CUDA)
@@ -126,6 +130,19 @@ def test_kernels_have_the_values_of_the_operations(
         assert torch.equal(one, other)
     for one, other in zip(close, nearly, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_predictions_are_those_of_float32(data: Dataset, full: ResNet) -> None:
+    split = data.evaluation
+    noise = np.random.default_rng(0).integers(-40, 41, split.images.shape[1:]).astype(np.int16)
+    model = full.to(CUDA)
+    for delta in (None, noise):
+        predicted = predict(model, split.images, delta, device=CUDA)
+        pixels = torch.from_numpy(split.images).to(torch.int16)
+        pixels = (pixels + (0 if delta is None else torch.from_numpy(delta))).clamp(0, 255)
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            expected = model(pixels.float().to(CUDA)).argmax(dim=1).cpu().numpy()
+        assert np.array_equal(predicted, expected)
 
 
 def test_integer_network_is_exact_on_cuda(data: Dataset, full: ResNet, tmp_path: Path) -> None:
