@@ -48,7 +48,7 @@ TEMPLATE = """\
 Made by, with the data file beside `harness.toml`:
 
 ```console
-$ harness run
+$ {command}
 $ python scripts/publish.py . {folder}{published_beside}
 ```
 
@@ -86,9 +86,15 @@ Every number and contrast as data: [audit.json](audit.json).
 
 
 def publish(
-    workspace: Path, folder: Path, *, title: str, note: str, beside: Path | None = None
+    workspace: Path,
+    folder: Path,
+    *,
+    title: str,
+    note: str,
+    beside: Path | None = None,
+    command: str = "harness run",
 ) -> None:
-    """Write the folder; an older one of the same name is replaced."""
+    """Write the folder; an older one of the same name is replaced. `command` made the workspace."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(workspace / "harness.toml", folder / "harness.toml")
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +110,8 @@ def publish(
     again(folder, beside)
     name = beside.name if beside else ""
     text = TEMPLATE.format(
-        title=title, note=note, folder=folder.name, store=STORE, uaps=UAPS, **facts,
+        title=title, note=note, command=command, folder=folder.name, store=STORE, uaps=UAPS,
+        **facts,
         published_beside=f" --beside {name}" if name else "",
         beside=f" --beside ../{name}" if name else "",
         other=f" ../{name}/{STORE}" if name else "",
@@ -162,15 +169,7 @@ def _facts(stores: list[Store]) -> dict[str, object]:
         "commits": ", ".join(sorted({one.git_commit or "unknown" for one in stored})),
         "first": when[0][:16],
         "last": when[-1][:16],
-        "machines": "; ".join(
-            sorted(
-                {
-                    f"{r.machine.cpu}, {r.machine.cores} cores"
-                    for r in runs
-                    if r.runtime == "onnxruntime"
-                }
-            )
-        ),
+        "machines": "; ".join(sorted({_machine(r) for r in runs} - {""})),
         "versions": ", ".join(
             sorted({f"{r.runtime} {r.machine.runtime_version}" for r in runs}, reverse=True)
         ),
@@ -179,6 +178,13 @@ def _facts(stores: list[Store]) -> dict[str, object]:
         "digest": newest.sha256[:16],
         "runs": len(runs),
     }
+
+
+def _machine(run: PredictionRun) -> str:
+    """What onnxruntime ran on, or the GPU that PyTorch had; else nothing new."""
+    if run.runtime == "onnxruntime":
+        return f"{run.machine.cpu}, {run.machine.cores} cores"
+    return run.machine.cpu if run.machine.extra.get("accelerator") == "cuda" else ""
 
 
 def main() -> None:
@@ -190,9 +196,7 @@ def main() -> None:
     parser.add_argument("--note", default="")
     parser.add_argument("--again", type=Path, metavar="FOLDER")
     parser.add_argument("--audit", action="store_true")
-    parser.add_argument(
-        "--command", action="append", help="of the audit, as it was run; may be repeated"
-    )
+    parser.add_argument("--command", action="append", help="as it was run; may be repeated")
     parser.add_argument("--beside", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     if given.again is not None:
@@ -208,6 +212,7 @@ def main() -> None:
             title=given.title,
             note=given.note,
             beside=given.beside,
+            command=" && ".join(given.command or ["harness run"]),
         )
 
 

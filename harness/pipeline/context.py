@@ -37,7 +37,8 @@ GPU_JOBS = 2
 """The same on a GPU: one leaves it idle while the next step is prepared, two do not (ResNet-18 of
 width 64 on an H200: 1.4 times the images a second)."""
 MAX_EVALUATIONS = 10
-"""Exported models evaluated side by side at most, of as many as there are variants."""
+"""Models exported, or exported models evaluated, side by side at most: as many as there are
+variants."""
 
 
 @dataclass
@@ -105,6 +106,11 @@ class Context:
             "accelerator": jobs_for(self.accelerator),
             "cores": max(1, min(MAX_EVALUATIONS, lanes())),
         }
+
+    def threads_of_each(self, tasks: int) -> int | None:
+        """Threads of each of several tasks side by side on the cores; None: they come in turn."""
+        jobs = self.jobs["cores"]
+        return max(1, lanes() // min(jobs, tasks)) if jobs > 1 else None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

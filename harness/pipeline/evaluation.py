@@ -24,7 +24,6 @@ from harness.pipeline.context import (
     CPU_THREADS,
     MAX_EVALUATIONS,
     Context,
-    lanes,
     use_cpu_threads,
 )
 from harness.pipeline.exports import model_record
@@ -126,7 +125,7 @@ def evaluate_task(
         # PyTorch has no say about a model that a user brought: nothing would correct a sample.
         budget = replace(budget, images=None)
     in_crew = device.name == "local" and not budget.limited
-    threads = threads_for(context, beside) if in_crew else None
+    threads = context.threads_of_each(beside) if in_crew else None
     conditions = 1 + len(uap_paths)
     images = len(context.data.evaluation)
     on_cores, known_s = DEVICE_COST * conditions * budget.of(images), 0.0
@@ -165,12 +164,6 @@ def evaluate_task(
         after=(f"export {victim.onnx.stem}", *(f"craft {path.stem}" for path in uap_paths)),
     )
     return task
-
-
-def threads_for(context: Context, victims: int) -> int | None:
-    """Threads of each of several victims on this machine; None where they come one by one."""
-    jobs = context.jobs["cores"]
-    return max(1, lanes() // min(jobs, victims)) if jobs > 1 else None
 
 
 def evaluate(

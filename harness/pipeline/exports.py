@@ -28,7 +28,7 @@ from harness.pipeline.checkpoints import (
     reference_form,
     valid_checkpoint,
 )
-from harness.pipeline.context import CPU_THREADS, TRAIN_THREADS, Context, use_cpu_threads
+from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress, Task
 from harness.pipeline.tuning import chosen_kernels
 from harness.records import (
@@ -134,25 +134,29 @@ def export_tasks(context: Context, names: list[str], *, compat: bool = False) ->
     """
     wanted = {deployable_named(name) for name in names}
     variants = [v for v in (*VARIANTS, *DERIVED) if v in wanted]
-    return [_export_task(context, variant, compat=compat) for variant in variants]
+    return [
+        _export_task(context, variant, compat=compat, beside=len(variants)) for variant in variants
+    ]
 
 
-def _export_task(context: Context, variant: Variant | Derived, *, compat: bool) -> Task:
+def _export_task(
+    context: Context, variant: Variant | Derived, *, compat: bool, beside: int
+) -> Task:
     return Task(
         stage="export",
         name=f"export {_path(context, variant, compat=compat).stem}",
         work=0.0,
         core_work=EXPORT_FORWARDS,
         is_done=lambda: valid_export(context, variant, compat=compat) is not None,
-        run=lambda progress: _export(context, variant, progress, compat=compat),
+        run=lambda progress: _export(context, variant, progress, compat=compat, beside=beside),
         beside="cores",
     )
 
 
 def _export(
-    context: Context, variant: Variant | Derived, progress: Progress, *, compat: bool
+    context: Context, variant: Variant | Derived, progress: Progress, *, compat: bool, beside: int
 ) -> None:
-    use_cpu_threads(TRAIN_THREADS if context.jobs["cores"] > 1 else CPU_THREADS)
+    use_cpu_threads(context.threads_of_each(beside) or CPU_THREADS)
     _say_if_damaged(context, _path(context, variant, compat=compat))
     checkpoint_path = context.workspace.checkpoint(trained_for(variant.name).name)
     trained = load_checkpoint(checkpoint_path).build()
