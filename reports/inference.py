@@ -2,7 +2,8 @@
 
 Enters: a `View`. Leaves: comparisons, Pareto fronts, a fleet mix; numbers only. Paired exact
 McNemar on raw predictions of the same images, or the hierarchical bootstrap where crafting seeds
-are averaged; Holm-adjusted over each family.
+are averaged; of samples, all images by PyTorch less what a device may differ on
+(`harness.sampled`). Holm-adjusted over each family.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from harness import metrics
 from harness.bootstrap import difference
 from harness.metrics import UNSEEN
 from harness.records import PAPER_ORDER, ResultRow
+from harness.sampled import Sampled, sampled_difference
 from harness.seeds import key_of
 from reports.view import VariantView, View
 
@@ -160,6 +162,9 @@ def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
         pair = view.together(first, second)
         if pair is None:
             return Difference(0.0, 1.0)
+        one, another = _sampled(view, first), _sampled(view, second)
+        if one is not None and another is not None:
+            return Difference(*sampled_difference(one, another))
         wrong, other = pair.first != pair.labels, pair.second != pair.labels
         return Difference(float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other))
     runs = [view.predictions(row) for row in (*ours, *theirs)]
@@ -171,6 +176,18 @@ def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
     same = [row.uap_sha256 for row in ours] == [row.uap_sha256 for row in theirs]
     found = difference(all_wrong[: len(ours)], all_wrong[len(ours) :], same_seeds=same)
     return Difference(found.value, found.p)
+
+
+def _sampled(view: View, row: ResultRow) -> Sampled | None:
+    """The row beside PyTorch on all images; None where it is of all images itself."""
+    device, torch = view.predictions(row), view.predictions(row, runtime="torch")
+    if device is None or torch is None or bool((torch == UNSEEN).any()):
+        return None
+    indices = np.flatnonzero(device != UNSEEN)
+    if indices.size == device.size:
+        return None
+    labels = np.asarray(view.evaluation.labels, dtype=np.int64)
+    return Sampled(torch != labels, device[indices] != labels[indices], indices)
 
 
 def mean_difference(

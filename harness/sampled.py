@@ -1,0 +1,96 @@
+"""Two models compared on all images though a device saw only some of them.
+
+PyTorch predicted all N images of both. On images that the device saw of both, its own predictions
+count. On the others it may err where PyTorch does not, or the other way; how many those are, the
+sample bounds. A difference is shown if it would be even with all of them held against it.
+
+Enters: who errs where, by PyTorch on all and by the device on a sample. Leaves: a difference and p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from harness.metrics import mcnemar
+
+Wrong = npt.NDArray[np.bool_]
+SHARE = 0.002
+"""Probability that the bound on the other images is allowed to fail; p is never below it. Larger,
+and no family of ten tests could show anything; smaller, and a sample of 500 bounds nothing."""
+
+MOST_UNKNOWN = 0.02
+"""Share of all images that a sample without a disagreement may leave unknown, for all of them to
+be tested: beyond it no difference below four points would show, and a second test costs the first
+one power. 500 of 10,000 leave 0.012, 250 leave 0.025."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One model under one perturbation."""
+
+    torch_wrong: Wrong
+    """[N]."""
+    device_wrong: Wrong
+    """[n], on the sample."""
+    indices: npt.NDArray[np.int64]
+    """[n], the sample's positions, drawn at random."""
+
+    @property
+    def rate(self) -> float:
+        """Error rate on all images: PyTorch's, corrected by the sample."""
+        there = self.torch_wrong[self.indices]
+        return float(self.torch_wrong.mean() + self.device_wrong.mean() - there.mean())
+
+
+def sampled_difference(first: Sampled, second: Sampled) -> tuple[float, float]:
+    """(error rate of the first less the second's over all images, two-sided p).
+
+    p is of exact McNemar on the images that the device saw of both. Where those are many, it is the
+    smaller of two, doubled (Bonferroni): the other is of McNemar on all images with as many of
+    those not seen turned against the difference as the sample leaves possible, plus `SHARE`.
+
+    Raises:
+        ValueError: the two are not of the same images.
+    """
+    if first.torch_wrong.shape != second.torch_wrong.shape:
+        raise ValueError("two models compared on different images")
+    value = first.rate - second.rate
+    both, here, there = np.intersect1d(first.indices, second.indices, return_indices=True)
+    if not both.size:
+        return value, 1.0
+    seen = first.device_wrong[here], second.device_wrong[there]
+    population = first.torch_wrong.size
+    if most_differing(0, both.size, population=population, alpha=SHARE) > MOST_UNKNOWN * population:
+        return value, mcnemar(*seen)
+    expected = first.torch_wrong[both], second.torch_wrong[both]
+    differing = int(np.count_nonzero((seen[0] != expected[0]) | (seen[1] != expected[1])))
+    one, other = first.torch_wrong.copy(), second.torch_wrong.copy()
+    one[both], other[both] = seen
+    unknown = most_differing(differing, both.size, population=population, alpha=SHARE) - differing
+    more = int(np.count_nonzero(one & ~other))
+    less = int(np.count_nonzero(~one & other))
+    # Where only one model errs it may be the other alone that does: that counts twice.
+    turned = max(more, less) - unknown
+    whole = 1.0
+    if 2 * turned > more + less:
+        whole = SHARE + float(stats.binomtest(turned, more + less, 0.5).pvalue)
+    return value, min(1.0, 2 * min(mcnemar(*seen), whole))
+
+
+def most_differing(differing: int, n: int, *, population: int, alpha: float) -> int:
+    """The most of a population that may differ when so many of a sample of n do (hypergeometric).
+
+    With probability `alpha` or less there are more.
+    """
+    low, high = differing, population - n + differing
+    while low < high:
+        middle = (low + high + 1) // 2
+        if stats.hypergeom.cdf(differing, population, middle, n) >= alpha:
+            low = middle
+        else:
+            high = middle - 1
+    return low
