@@ -3,7 +3,7 @@
 Enters: a `View`. Leaves: comparisons, Pareto fronts, a fleet mix; numbers only. Paired exact
 McNemar on raw predictions of the same images, or the hierarchical bootstrap where crafting seeds
 are averaged; of samples, all images by PyTorch less what a device may differ on
-(`harness.sampled`). Holm-adjusted over each family.
+(`reports.sampled`). Holm-adjusted over each family.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from harness import metrics
 from harness.bootstrap import difference
 from harness.metrics import UNSEEN
 from harness.records import PAPER_ORDER, ResultRow
-from harness.sampled import Sampled, sampled_difference
 from harness.seeds import key_of
+from reports.sampled import Sampled, sampled_difference
 from reports.view import VariantView, View
 
 ALPHA = 0.05

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness.metrics import mcnemar
-from harness.sampled import SHARE, Sampled, most_differing, sampled_difference
+from reports.sampled import SHARE, Sampled, most_differing, sampled_difference
 
 N = 10_000
 
