@@ -261,19 +261,33 @@ def _gradients(
     limit = limit * PIXEL_VALUES // max(PIXEL_VALUES, delta[0].numel())
     at_once = 1 if rule.batch_statistics else max(1, limit // B)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for first in range(0, K, at_once):
+    first = 0
+    while first < K:
         chunk = slice(first, min(first + at_once, K))
-        leaf = delta[chunk].detach().requires_grad_()
-        attacked = (images[batch[chunk]].float() + leaf.unsqueeze(1)).clamp(0, 255).flatten(0, 1)
-        per_sample = F.cross_entropy(
-            logits_of(attacked), y[chunk].flatten(), reduction="none"
-        ).view(-1, B)
-        loss = per_sample.clamp(max=rule.beta).mean(dim=1)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        over = (per_sample.detach() > rule.beta).float().sum(dim=1)
-        parts.append((gradient, loss.detach(), over))
+        try:
+            parts.append(_of_chunk(logits_of, images[batch[chunk]], y[chunk], delta[chunk], rule))
+        except torch.OutOfMemoryError:  # of a GPU with less memory: fewer at once, the same result
+            if at_once == 1:
+                raise
+            at_once //= 2
+            torch.cuda.empty_cache()
+            continue
+        first = chunk.stop
     gradients, losses, overs = zip(*parts, strict=True)
     return torch.cat(gradients), torch.cat(losses), torch.cat(overs)
+
+
+def _of_chunk(
+    logits_of: Function, images: Tensor, y: Tensor, delta: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_gradients` of the k perturbations of one call; `images` uint8 [k, B, C, H, W]."""
+    leaf = delta.detach().requires_grad_()
+    attacked = (images.float() + leaf.unsqueeze(1)).clamp(0, 255).flatten(0, 1)
+    per_sample = F.cross_entropy(logits_of(attacked), y.flatten(), reduction="none").view(y.shape)
+    loss = per_sample.clamp(max=rule.beta).mean(dim=1)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    over = (per_sample.detach() > rule.beta).float().sum(dim=1)
+    return gradient, loss.detach(), over
 
 
 def _labels(split: Split, jobs: Sequence[Job]) -> Tensor:

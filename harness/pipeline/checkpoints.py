@@ -141,19 +141,24 @@ def _train(context: Context, variant: Variant, progress: Progress) -> None:
         meta["parent_sha256"] = context.sha256(path)
     key = checkpoint_key(context, variant)
     partial = workspace.partial(f"train_{variant.name}")
-    with _queue_of_its_own(context.accelerator):
-        model = build_variant(
-            Build(
-                variant=variant,
-                config=context.config,
-                data=context.data,
-                parent=parent,
-                key=f"{key} from {meta.get('parent_sha256', 'scratch')}",
-                partial=partial,
-                device=context.accelerator,
-                progress=lambda done, total, note: progress(done / max(total, 1), note),
-            )
-        ).cpu()
+    build = Build(
+        variant=variant,
+        config=context.config,
+        data=context.data,
+        parent=parent,
+        key=f"{key} from {meta.get('parent_sha256', 'scratch')}",
+        partial=partial,
+        device=context.accelerator,
+        progress=lambda done, total, note: progress(done / max(total, 1), note),
+    )
+    try:
+        with _queue_of_its_own(context.accelerator):
+            model = build_variant(build).cpu()
+    except torch.OutOfMemoryError:
+        raise HarnessError(
+            f"training {variant.name} needs more memory than the GPU has: lower train.batch_size in"
+            " harness.toml, or take --accelerator cpu"
+        ) from None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
         partial.unlink(missing_ok=True)
         raise HarnessError(

@@ -35,7 +35,9 @@ MAX_JOBS = 4
 """Models trained side by side at most: each takes memory."""
 GPU_JOBS = 2
 """The same on a GPU: one leaves it idle while the next step is prepared, two do not (ResNet-18 of
-width 64 on an H200: 1.4 times the images a second)."""
+width 64 on an H200, two leases: 1.4 times the images a second)."""
+GPU_BYTES = 24 * 2**30
+"""Memory from which a GPU is large: one of these trainings takes some 6 to 10 GiB."""
 MAX_EVALUATIONS = 10
 """Models exported, or exported models evaluated, side by side at most: as many as there are
 variants."""
@@ -203,9 +205,10 @@ def use_cpu_threads(threads: int) -> None:
 
 
 def jobs_for(accelerator: torch.device) -> int:
-    """How many models are trained side by side: two on a GPU, else what the cores allow."""
+    """How many models are trained side by side: two on a large GPU, else what the cores allow."""
     if accelerator.type != "cpu":
-        return GPU_JOBS
+        memory = torch.cuda.get_device_properties(accelerator).total_memory
+        return GPU_JOBS if memory >= GPU_BYTES else 1
     return max(1, min(MAX_JOBS, lanes()))
 
 

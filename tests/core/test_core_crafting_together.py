@@ -94,6 +94,38 @@ def test_each_is_what_it_would_be_alone(
         assert replace(found, delta_255=0, loss=()) == replace(alone, delta_255=0, loss=())  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_with_less_memory_fewer_run_at_once_and_come_out_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, whole = fold(trained()), together._of_chunk
+    expected = craft(model, tmp_path / "p.pt", JOBS, SGD.rule)
+    tried: list[int] = []
+
+    def small(function: Any, images: Tensor, *rest: Any) -> Any:
+        tried.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(function, images, *rest)
+
+    monkeypatch.setattr(together, "_of_chunk", small)
+    crafted = craft(model, tmp_path / "p.pt", JOBS, SGD.rule)
+    assert max(tried) > 1
+    for found, other in zip(crafted, expected, strict=True):
+        assert np.array_equal(found.delta_255, other.delta_255)
+
+
+def test_no_memory_for_one_perturbation_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(together, "_of_chunk", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        craft(fold(trained()), tmp_path / "p.pt", JOBS, SGD.rule)
+
+
 def test_batch_statistics_are_never_shared(tmp_path: Path) -> None:
     rule = replace(SGD.rule, batch_statistics=True)
     crafted = craft(trained(), tmp_path / "p.pt", JOBS, rule)
