@@ -38,8 +38,8 @@ def predict(
 ) -> npt.NDArray[np.int64]:
     """Predicted classes [N] of clip(images + delta, 0, 255), as in float32.
 
-    A GPU computes them in TF32, three times as fast, and those of them again that this leaves in
-    doubt; what an integer network computes, whole numbers of at most 11 bits, is exact in TF32.
+    A GPU computes them in TF32, and those of them again that this leaves in doubt; what an integer
+    network computes, whole numbers of at most 11 bits, is exact in TF32.
 
     Args:
         model: pixels float [N, C, H, W] in [0, 255] -> logits; on `device`.
@@ -59,15 +59,20 @@ def predict(
     with _ON_GPU, torch.backends.cudnn.flags(enabled=True, allow_tf32=ours or exact):
         logits = _logits(model, images, delta_255, device, size)
     predictions = logits.argmax(dim=1).cpu().numpy()
-    if ours:
-        best = logits.topk(2, dim=1).values
-        near = best[:, 0] - best[:, 1] <= TF32_DOUBT * logits.abs().max()
-        doubtful = near.nonzero()[:, 0].cpu().numpy()
-        if len(doubtful):
-            with _ON_GPU, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                again = _logits(model, images[doubtful], delta_255, device, size)
-            predictions[doubtful] = again.argmax(dim=1).cpu().numpy()
+    doubtful = in_doubt(logits) if ours else np.zeros(0, dtype=np.int64)
+    if len(doubtful):
+        with _ON_GPU, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            again = _logits(model, images[doubtful], delta_255, device, size)
+        predictions[doubtful] = again.argmax(dim=1).cpu().numpy()
     return predictions
+
+
+def in_doubt(logits: Tensor) -> npt.NDArray[np.int64]:
+    """Positions in [N, classes] where TF32's error might change which logit is the largest."""
+    best = logits.topk(2, dim=1).values
+    near = best[:, 0] - best[:, 1] <= TF32_DOUBT * logits.abs().max()
+    found: npt.NDArray[np.int64] = near.nonzero()[:, 0].cpu().numpy()
+    return found
 
 
 def _logits(

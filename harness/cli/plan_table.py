@@ -41,7 +41,7 @@ def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> Non
     for stage in dict.fromkeys(task.stage for task in tasks):
         of_stage = [(task, done) for task, done in states if task.stage == stage]
         missing = [task for task, done in of_stage if not done]
-        seconds = elapsed_seconds(missing, rates, jobs=context.jobs)
+        seconds = elapsed_seconds(missing, rates, speedups=context.speedups)
         total += seconds
         table.add_row(
             stage,

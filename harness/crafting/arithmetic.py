@@ -61,13 +61,18 @@ def set_batch_statistics(model: nn.Module, enabled: bool) -> None:
             module.track_running_stats = not enabled
 
 
+def _has_fused_kernels(device: torch.device) -> bool:
+    # cuDNN's, in bfloat16: NVIDIA since Ampere.
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _function(network: nn.Module, *, batch_statistics: bool, device: torch.device) -> Function:
     # An integer network's whole numbers are exact in TF32's 11 bits, and their sums are left in
     # float32; bf16's 8 bits hold neither. What a user brought may not bear bf16 (fake
     # quantisation, operators of its own).
     as_it_comes = batch_statistics or isinstance(network, IntegerResNet | BroughtModel)
     fast = device.type == "cuda" and not as_it_comes
-    if fast and can_fuse(network):
+    if fast and can_fuse(network) and _has_fused_kernels(device):
         assert isinstance(network, FoldedResNet)
         return FusedResNet(network)
 

@@ -33,6 +33,7 @@ from harness.artefacts import read_partial, write_partial
 from harness.crafting import together
 from harness.crafting.together import TINY, Job, Progress
 from harness.data.dataset import Split
+from harness.models.brought import BroughtModel
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ def craft_spsa(
         at_step, scale, objective = int(saved["step"]), float(saved["scale"]), saved["objective"]
         delta, velocity = saved["delta"].to(device), saved["velocity"].to(device)
     last_save = time.monotonic()
-    # TF32's error, a thousandth of a logit, is nothing beside what half of the budget moves.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):
+    # TF32's error, a thousandth of the largest logit, is nothing beside what half of the budget
+    # moves; but what a user brought is taken as it comes.
+    fast = not isinstance(model, BroughtModel)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=fast):
         for t in range(at_step, steps):
             rng = np.random.default_rng((job.seed, t))
             batch = torch.from_numpy(rng.choice(n, size=pairs, replace=False)).to(device)

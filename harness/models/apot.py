@@ -151,9 +151,14 @@ class ApotConv2d(nn.Conv2d):
 
     def integer_weight(self) -> tuple[np.ndarray, float]:
         """(int8 levels [O, I, k, k], step): the weight is levels * step, exactly."""
-        with torch.no_grad():
-            levels, step = self._weight_levels()
-        return levels.cpu().numpy().astype(np.int8), float(step)
+        # In float64, by numpy: PyTorch's float32 sums depend on the number of threads, and a level
+        # at a threshold with them. One checkpoint is one network wherever it is made into one.
+        weight = self.weight.detach().cpu().double().numpy()
+        step = float(self.weight_alpha.detach().clamp(min=MIN_ALPHA) / self.weight_max)
+        units = (weight - weight.mean()) / weight.std() / step
+        cells = np.minimum(2 * np.abs(units), 2 * self.weight_max).astype(np.int64)
+        magnitudes = half_unit_table(WEIGHT_LEVELS[self.bits])[cells]
+        return (magnitudes * np.sign(units)).astype(np.int8), step
 
     def _normalised_weight(self) -> tuple[Tensor, Tensor]:
         # Population std: one definition for the twin and for training.

@@ -111,7 +111,8 @@ def _quantised_gradient(top: int) -> _Kernel:
 
 @cache
 def _requantised(table: tuple[int, ...], multiplier: int) -> _Kernel:
-    # Whole numbers below 2^24: the first sum is exact, fused or not.
+    # The multiplier is a power of two: its product is exact, and the addition rounds once, fused or
+    # not.
     return _compiled(
         "T requantised(T sum, T bias, T gain) {"
         f" return level<T>(code<T>((bias + T({multiplier}) * rint(sum)) * gain)); }}",

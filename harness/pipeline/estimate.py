@@ -65,7 +65,9 @@ def _seconds_per_forward(context: Context, device: torch.device) -> float:
     return float(np.median(seconds[1:])) / batch
 
 
-def elapsed_seconds(tasks: Sequence[Task], rates: Rates, *, jobs: Mapping[Shared, int]) -> float:
+def elapsed_seconds(
+    tasks: Sequence[Task], rates: Rates, *, speedups: Mapping[Shared, int]
+) -> float:
     """Time until all are done: those that run side by side share what they run on.
 
     Tasks beside each other end no sooner than the longest chain of those that wait for another,
@@ -74,7 +76,7 @@ def elapsed_seconds(tasks: Sequence[Task], rates: Rates, *, jobs: Mapping[Shared
     Args:
         tasks: in the order of `run_tasks`.
         rates: of this machine.
-        jobs: as of `run_tasks`.
+        speedups: `Context.speedups`.
     """
     cost = rates.seconds
     total = sum(cost(task) for task in tasks if task.beside is None)
@@ -86,7 +88,7 @@ def elapsed_seconds(tasks: Sequence[Task], rates: Rates, *, jobs: Mapping[Shared
             return cost(task) + max(waits, default=0.0)
 
         longest = max(chain(task) for task in beside.values())
-        evenly = sum(cost(task) for task in beside.values()) / jobs.get(shared, 1)
+        evenly = sum(cost(task) for task in beside.values()) / speedups.get(shared, 1)
         in_torch = sum(task.work for task in beside.values()) * rates.accelerator
-        total += max(longest, evenly, in_torch / jobs.get("accelerator", 1))
+        total += max(longest, evenly, in_torch / speedups.get("accelerator", 1))
     return total

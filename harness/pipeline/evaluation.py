@@ -128,7 +128,8 @@ def evaluate_task(
     threads = context.threads_of_each(beside) if in_crew else None
     conditions = 1 + len(uap_paths)
     images = len(context.data.evaluation)
-    on_cores, known_s = DEVICE_COST * conditions * budget.of(images), 0.0
+    on_cores = DEVICE_COST * conditions * budget.of(images) / (threads or 1)
+    known_s = 0.0
     if budget.seconds is not None:
         known_s, on_cores = budget.seconds, 0.0
         if device.name == "local":  # how slow another is, nobody knows before it is asked

@@ -29,7 +29,7 @@ from harness.pipeline.checkpoints import (
     valid_checkpoint,
 )
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
-from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.tasks import Progress, Task, note
 from harness.pipeline.tuning import chosen_kernels
 from harness.records import (
     DEPLOYABLE,
@@ -43,7 +43,7 @@ from harness.records import (
     trained_for,
 )
 
-VERSION = 4
+VERSION = 5
 DERIVED_EXPORTS: dict[str, Callable[..., Exported]] = {"int8": export_static_int8}
 """Method of a derived model -> what makes its file of the folded and the trained parent."""
 EXPORT_FORWARDS = 1500.0
@@ -134,9 +134,8 @@ def export_tasks(context: Context, names: list[str], *, compat: bool = False) ->
     """
     wanted = {deployable_named(name) for name in names}
     variants = [v for v in (*VARIANTS, *DERIVED) if v in wanted]
-    return [
-        _export_task(context, variant, compat=compat, beside=len(variants)) for variant in variants
-    ]
+    lacking = sum(valid_export(context, variant, compat=compat) is None for variant in variants)
+    return [_export_task(context, v, compat=compat, beside=max(1, lacking)) for v in variants]
 
 
 def _export_task(
@@ -146,7 +145,7 @@ def _export_task(
         stage="export",
         name=f"export {_path(context, variant, compat=compat).stem}",
         work=0.0,
-        core_work=EXPORT_FORWARDS,
+        core_work=EXPORT_FORWARDS / (context.threads_of_each(beside) or 1),
         is_done=lambda: valid_export(context, variant, compat=compat) is not None,
         run=lambda progress: _export(context, variant, progress, compat=compat, beside=beside),
         beside="cores",
@@ -195,7 +194,7 @@ def _say_if_damaged(context: Context, path: Path) -> None:
         try:
             load_manifest(path)
         except HarnessError as error:
-            context.reporter.note(f"exporting {path.stem} again: {error}")
+            note(context.reporter, f"exporting {path.stem} again: {error}")
 
 
 def _measure_memory(context: Context, path: Path) -> None:

@@ -124,6 +124,16 @@ class Deadline:
         return time.monotonic() >= self.at
 
 
+_TELLING = threading.Lock()
+"""Tasks run side by side, and one of them at a time talks to the user."""
+
+
+def note(reporter: Reporter, text: str) -> None:
+    """A line for the user out of a running task."""
+    with _TELLING:
+        reporter.note(text)
+
+
 def run_tasks(
     tasks: Sequence[Task],
     reporter: Reporter,
@@ -180,7 +190,6 @@ class _Crew:
         self._jobs = jobs
         self._deadline = deadline
         self._stopping = threading.Event()
-        self._lock = threading.Lock()
 
     def run(self, tasks: list[Task]) -> int:
         if self._jobs == 1:
@@ -231,7 +240,7 @@ class _Crew:
             raise TimeLimitReached
 
     def _tell(self, what: Callable[..., None], *arguments: object) -> None:
-        with self._lock:
+        with _TELLING:
             what(*arguments)
 
 

@@ -6,8 +6,9 @@ Under protocol `clean` the model that is attacked is the deployed form: what is 
 ships. Under `paper` it is the trained model, as it was for the authors.
 
 There is a task for every file, but the first task of a source crafts all that the source lacks;
-the others find theirs made. Sources are crafted side by side, each on one thread; the fleet and
-all that leave one variant out of it are one source, since their models are the same.
+the others find theirs made. Sources are crafted side by side, each on one thread; on a GPU one
+after the other. The fleet and all that leave one variant out of it are one source, since their
+models are the same.
 """
 
 from __future__ import annotations

@@ -167,7 +167,19 @@ def test_the_share_of_every_stage(tmp_path: Path) -> None:
     row("craft q4, TF32", 2, perturbed, best_of(crafting(integer, few, tmp_path), 2))
 
     pixels = images(8_192).images
-    row("predict full, fp32", 1, 8_192, best_of(lambda: predict(folded, pixels, None, device=CUDA)))
+    # Untrained logits are all alike: nearly all images are in doubt, and computed twice.
+    row(
+        "predict full, TF32 and fp32",
+        1,
+        8_192,
+        best_of(lambda: predict(folded, pixels, None, device=CUDA)),
+    )
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.inference_mode():
+        x = torch.from_numpy(pixels[:1024]).float().to(CUDA)
+        x = x.contiguous(memory_format=torch.channels_last)
+        row("forward full, fp32", 1, 1_024, best_of(lambda: folded(x)))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True), torch.inference_mode():
+        row("forward full, TF32", 1, 1_024, best_of(lambda: folded(x)))
     row("predict q4, TF32", 1, 8_192, best_of(lambda: predict(integer, pixels, None, device=CUDA)))
     text = [
         f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in bf16 matrix products,"

@@ -307,3 +307,23 @@ def test_levels_of_a_table_never_fall() -> None:
 def test_a_float_model_has_no_integer_form() -> None:
     with pytest.raises(ValueError, match="APoT bits"):
         integerise(build_model(spec(), seed=0))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_integer_weights_are_those_trained_with_whatever_the_threads(bits: int) -> None:
+    torch.manual_seed(4)
+    conv = ApotConv2d(128, 128, 3, stride=1, padding=1, bits=bits)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(conv.integer_weight())
+    finally:
+        torch.set_num_threads(before)
+    (levels, step), (others, other_step) = made
+    assert np.array_equal(levels, others)
+    assert step == other_step
+    with torch.no_grad():
+        trained = (conv.quantised_weight() / step).round().numpy()
+    assert np.mean(levels != trained) < 1e-4  # a level at a threshold may fall either way
+    assert len(np.unique(levels)) >= 3

@@ -193,7 +193,7 @@ def idle(_progress: Progress) -> None: ...
 
 def test_estimates_know_what_runs_side_by_side() -> None:
     def elapsed(tasks: list[Task], *, jobs: int) -> float:
-        return elapsed_seconds(tasks, Rates(1.0, 1.0), jobs=share(jobs))
+        return elapsed_seconds(tasks, Rates(1.0, 1.0), speedups=share(jobs))
 
     first = task("full", idle, work=4.0)
     others = [task(name, idle, work=2.0) for name in "abcd"]
@@ -217,10 +217,10 @@ def test_one_gpu_and_many_cores_are_counted_apart() -> None:
         for i in range(8)
     ]
     rates = Rates(accelerator=1.0, core=0.5)
-    assert elapsed_seconds([*trained, *evaluated], rates, jobs=jobs) == 12 + 8 * 2.5 / 4
+    assert elapsed_seconds([*trained, *evaluated], rates, speedups=jobs) == 12 + 8 * 2.5 / 4
     # A GPU that all of them wait for decides.
     slow = Rates(accelerator=4.0, core=0.5)
-    assert elapsed_seconds(evaluated, slow, jobs=jobs) == 8 * 0.5 * 4
+    assert elapsed_seconds(evaluated, slow, speedups=jobs) == 8 * 0.5 * 4
     at_once, most, lock = 0, {"train": 0, "attack": 0}, threading.Lock()
 
     def counted(name: str) -> Callable[[Progress], None]:
