@@ -10,7 +10,7 @@ from harness.seeds import METHOD
 from reports import advice
 from reports.estimates import sample_sizes
 from reports.headline import names_of, rates_of
-from reports.inference import ALPHA, Comparison, Measure, against_full
+from reports.inference import ALPHA, Comparison, Measure, against_full, ceiling
 from reports.masking import Group, Sentence, masking_group
 from reports.view import View
 from reports.words import interval, listed, p_value, percent, points, span
@@ -87,12 +87,32 @@ def _detail(test: Comparison) -> str:
     )
 
 
+def _no_better_than_a_guess(view: View) -> list[str]:
+    chance = 1 - ceiling(view)
+    guessing = [
+        (v, v.clean.clean_accuracy)
+        for v in view.variants
+        if v.clean is not None
+        and v.clean.clean_accuracy is not None
+        and v.clean.clean_accuracy_low is not None
+        and v.clean.clean_accuracy_low <= chance
+    ]
+    if not guessing:
+        return []
+    named = listed([f"{v.label} ({percent(accuracy)})" for v, accuracy in guessing])
+    return [
+        f"{named}: not shown to classify clean images better than a guess ({percent(chance)}), so"
+        " error rates under attack say nothing of robustness there. Look at the training first."
+    ]
+
+
 def _reach(view: View) -> list[str]:
     sizes = sample_sizes(view)
     images = f"these {len(view.evaluation.labels):,} images"
     if sizes is not None:
         images = f"the images that both were given ({span(*sizes)} a model)"
-    said = [
+    said = _no_better_than_a_guess(view)
+    said += [
         "Each variant is one file from one training seed: the tests above speak about these files"
         f" on {images}, not about the compression methods. A claim about a method needs"
         " at least three training seeds and an independently seeded Full.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,10 @@ def audit(
     from harness.workspace import open_workspace
     from reports.audit import json_text
 
+    if listing and as_json:
+        questions = [{"name": name, "title": make(SEEDS).title} for name, make in QUESTIONS.items()]
+        click.echo(json.dumps(questions, indent=2))
+        return
     if listing:
         for name, make in QUESTIONS.items():
             click.echo(f"{name:14} {make(SEEDS).title}")

@@ -231,7 +231,7 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
         width=int(metadata["width"]),
         seed=int(metadata["seed"]),
         cost=manifest_cost(manifest),
-        manifest={**manifest, "training": f"{epochs} epochs, {train.schedule}"},
+        manifest={**manifest, "training": f"{epochs} epoch{'s' * (epochs != 1)}, {train.schedule}"},
     )
 
 

@@ -144,6 +144,8 @@ def test_questions_are_listed_and_unknown_ones_named(
         "batch_norm",
         "attack",
     ]
+    as_data = json.loads(succeeded(run("audit", "--list", "--json", cwd=tmp_path)).out)
+    assert [f"{q['name']:14} {q['title']}" for q in as_data] == listed.splitlines()
     done = run("audit", "--question", "speed", cwd=tmp_path)
     assert done.code == 2
     assert "no question 'speed': choose from split" in done.err

@@ -68,6 +68,18 @@ def test_each_flag_fires_for_its_own_reason_only(planter, store):
     assert "SFP: undecided" in [s.lead for s in group.sentences]
 
 
+def test_a_model_that_knows_nothing_is_named(planter, store):
+    p = planter("full", "sfp")
+    plant(p, "full", {**SOUND, ("full", 10.0): 0.60})
+    plant(p, "sfp", {**SOUND, (None, None): 0.91, ("sfp", 10.0): 0.92, ("full", 10.0): 0.91})
+    [group] = [g for g in conclusions(build_view(store)) if g.anchor == "reach"]
+    said = group.sentences[0].text.replace(words.NBSP, " ")
+    assert said.startswith(
+        "SFP (9.0 %): not shown to classify clean images better than a guess (10.0 %)"
+    )
+    assert "Full" not in said
+
+
 def test_a_fall_that_no_test_shows_is_no_flag(planter, store):
     p = planter("full")
     plant(p, "full", {**SOUND, ("full", 10.0): 0.60, ("full", 8.0): 0.605})  # 3 images: p = 0.25
