@@ -2,8 +2,9 @@
 # scripts/gpu_session.sh - the harness on a GPU machine that is lent for minutes, reaches no network
 # and keeps nothing: data and earlier results go in by parts, what comes out is few, small files.
 #
-#   split -b 50M cifar10.npz cifar10.npz.             at home: parts small enough to be carried
-#   scripts/gpu_session.sh keep cifar10.npz.aa        there, a call a part: kept for the calls after it
+#   scripts/pack_images.py cifar10.npz cifar10.packed at home: 60 % of the size, or the .npz itself,
+#   split -b 50M cifar10.packed cifar10.packed.       in parts small enough to be carried
+#   scripts/gpu_session.sh keep cifar10.packed.aa     there, a call a part: kept for the calls after it
 #   scripts/gpu_session.sh check OUT                  tests and benchmarks marked gpu; OUT/check.log
 #   scripts/gpu_session.sh run OUT 8m full sfp pp3 q4 these variants, until the time is over
 #   scripts/gpu_session.sh run OUT 8m                 all ten
@@ -74,7 +75,13 @@ join() {
 
 workspace() {
     mkdir -p "$root/workspace"
-    if [ ! -f "$root/workspace/$dataset" ]; then
+    local packed=${dataset%.npz}.packed
+    if [ ! -f "$root/workspace/$dataset" ] && compgen -G "$root/kept/$packed.??" >/dev/null; then
+        join "$packed" >"$root/joining"
+        "$python" "$tree/scripts/pack_images.py" --unpack "$root/joining" "$root/unpacked.npz"
+        mv "$root/unpacked.npz" "$root/workspace/$dataset"
+        rm "$root/joining"
+    elif [ ! -f "$root/workspace/$dataset" ]; then
         join "$dataset" >"$root/joining"
         mv "$root/joining" "$root/workspace/$dataset"
     fi

@@ -33,15 +33,19 @@ def session(machine: Path, *arguments: object, **env: str) -> subprocess.Complet
 @pytest.fixture
 def parts(tiny: Tiny, tmp_path: Path) -> list[Path]:
     """The data and the configuration, as they are carried."""
-    content = tiny.npz.read_bytes()
-    cut = len(content) // 2
-    first, second = (tmp_path / f"{tiny.npz.name}.{end}" for end in ("aa", "ab"))
-    first.write_bytes(content[:cut])
-    second.write_bytes(content[cut:])
     config = tmp_path / "harness.toml"
     text = (tiny.root / "harness.toml").read_text()
     config.write_text(text.replace(str(tiny.npz), f"./{tiny.npz.name}"))
-    return [first, second, config]
+    return [*halves(tiny.npz, tmp_path / tiny.npz.name), config]
+
+
+def halves(file: Path, name: Path) -> list[Path]:
+    content = file.read_bytes()
+    cut = len(content) // 2
+    made = [name.with_name(f"{name.name}.{end}") for end in ("aa", "ab")]
+    made[0].write_bytes(content[:cut])
+    made[1].write_bytes(content[cut:])
+    return made
 
 
 def keep(machine: Path, files: list[Path]) -> None:
@@ -77,7 +81,10 @@ def test_slices_on_one_machine_and_on_the_next(
     second, later = tmp_path / "second", tmp_path / "later"
     cut_off = tmp_path / "state.tar.aa"
     cut_off.write_bytes((out / "state.tar.aa").read_bytes()[:20_000])
-    keep(second, [*parts, cut_off])
+    packed = tmp_path / f"{tiny.npz.stem}.packed"
+    pack = [sys.executable, REPO / "scripts" / "pack_images.py", tiny.npz, packed]
+    subprocess.run(pack, check=True)
+    keep(second, [*halves(packed, packed), parts[-1], cut_off])
     half = session(second, "run", later, "10m", "full", "q4", **data)
     assert half.returncode == 1
     assert half.stderr.splitlines()[-1].startswith(
