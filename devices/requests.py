@@ -16,7 +16,7 @@ from typing import Any
 from devices.conversation import Conversation, Reply
 from devices.model_file import ModelFile
 from devices.plain import plain
-from harness.records import HarnessError, LatencyProcess, Machine
+from harness.records import HarnessError, LatencyProcess, Machine, UsageError
 
 PROTOCOL = 1
 """The version of runner.py's protocol that this module speaks."""
@@ -106,18 +106,21 @@ def hello(conversation: Conversation) -> Greeting:
 def load(conversation: Conversation, what: Load) -> LoadedModel:
     """Load a model, put on the device first."""
     checked = what.checked
-    reply = conversation.ask_about(
-        what.model.resolve(),
-        checked.sha256,
-        lambda path: conversation.ask(
-            "load",
-            about=str(what.model),
-            path=path,
-            sha256=checked.sha256,
-            threads=what.threads,
-            max_bytes=what.max_bytes,
-        ),
-    )
+    try:
+        reply = conversation.ask_about(
+            what.model.resolve(),
+            checked.sha256,
+            lambda path: conversation.ask(
+                "load",
+                about=str(what.model),
+                path=path,
+                sha256=checked.sha256,
+                threads=what.threads,
+                max_bytes=what.max_bytes,
+            ),
+        )
+    except UsageError as error:
+        raise UsageError(f"{error}: `harness export --check {what.model}` looks into it") from None
     with _checked():
         if (reply["classes"], tuple(reply["image_shape"])) != (
             checked.classes,

@@ -25,7 +25,7 @@ from harness.records import HarnessError, UsageError
 
 MAX_PT_BYTES = 2 * 2**30
 """Larger than any checkpoint of these models by far; a bigger file is a mistake or an attack."""
-REMAKE = "delete it, and the same command makes it again"
+REMAKE = "delete it, and `harness run` makes it again"
 """What to do about a damaged file of our own."""
 _DOS_FOLDER = 0x10
 _WARNINGS = threading.Lock()

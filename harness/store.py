@@ -8,6 +8,7 @@ reader never sees half of one and a killed writer loses only the run it was in.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ from harness.store_rows import (
     prediction_of,
     uap_of,
 )
-from harness.store_schema import BUSY_SECONDS, SCHEMA_VERSION, bring_up_to_date
+from harness.store_schema import BUSY_SECONDS, SCHEMA_VERSION, bring_up_to_date, schema_of
+
+ELSEWHERE = "and its folder cannot be written: copy the workspace to one that can, and use that"
 
 
 class Store:
@@ -258,6 +261,8 @@ class Store:
 def open_store(path: Path, *, create: bool = True, git_commit: str | None = None) -> Store:
     """Open the store at `path`, creating it unless told not to.
 
+    One in a folder that may not be written can be read, and not written.
+
     Raises:
         HarnessError: no such file (with `create=False`), not a results store, or one written by
             a newer version; no space left, or the file cannot be written.
@@ -267,20 +272,36 @@ def open_store(path: Path, *, create: bool = True, git_commit: str | None = None
     connection = None
     try:
         # Autocommit off by hand: every write goes through `with connection`.
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        read_only = path.exists() and not os.access(path.parent, os.W_OK)
+        connection = _as_it_lies(path) if read_only else sqlite3.connect(path, timeout=BUSY_SECONDS)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
-        version = bring_up_to_date(connection)
+        version = schema_of(connection) if read_only else bring_up_to_date(connection)
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
         raise cannot_write(error, path) or HarnessError(
             f"cannot open {path} as a results store ({error}): move it away and run again"
         ) from None
+    if read_only and version < SCHEMA_VERSION:
+        connection.close()
+        raise HarnessError(f"{path} is of an older harness, {ELSEWHERE}")
     if version > SCHEMA_VERSION:
         connection.close()
         raise HarnessError(f"{path} was written by a newer harness (schema {version}): upgrade")
     return Store(connection, path, git_commit=git_commit)
+
+
+def _as_it_lies(path: Path) -> sqlite3.Connection:
+    """A database in a folder that may not be written, without the files SQLite keeps beside one.
+
+    Raises:
+        HarnessError: there is a log beside it, whose rows would be missed.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise HarnessError(f"{path} was left while it was written, {ELSEWHERE}")
+    return sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)
 
 
 def _now() -> str:

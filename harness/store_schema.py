@@ -63,7 +63,7 @@ def bring_up_to_date(connection: sqlite3.Connection) -> int:
     Raises:
         sqlite3.Error: not a results store, or it cannot be written now.
     """
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    version = schema_of(connection)
     if version == 0:
         _create(connection)
     elif version < SCHEMA_VERSION:
@@ -71,6 +71,15 @@ def bring_up_to_date(connection: sqlite3.Connection) -> int:
     if version <= SCHEMA_VERSION:
         _log_ahead(connection)
     return version
+
+
+def schema_of(connection: sqlite3.Connection) -> int:
+    """The version it was written with; 0 where it is new.
+
+    Raises:
+        sqlite3.Error: not a results store.
+    """
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _create(connection: sqlite3.Connection) -> None:

@@ -81,6 +81,10 @@ def not_faster(view: View) -> list[str]:
     baseline = _latency(full) or 0.0
     others = [v for v in timed.values() if v is not full]
     p_values = adjusted_apart(others, [_latency_p(v, full) for v in others])
+    if caveat := latency_caveat(view):
+        ratios = [f"{v.label} {(_latency(v) or 0.0) / baseline:.2f} times" for v in others]
+        against = f"{full.label} ({words.milliseconds(baseline)})"
+        return [f"Latency p50 against {against}: {listed(ratios)}. A hint only: {caveat}."]
     slower, level = [], []
     for variant, p in zip(others, p_values, strict=True):
         ratio = (_latency(variant) or 0.0) / baseline
@@ -93,8 +97,7 @@ def not_faster(view: View) -> list[str]:
     text += f" No difference shown: {listed(level)}." if level else ""
     if not slower and not level:
         return []
-    caveat = latency_caveat(view)
-    return [f"{text} A hint only: {caveat}." if caveat else text]
+    return [text]
 
 
 def _latency_p(first: VariantView, second: VariantView) -> float:

@@ -5,6 +5,7 @@ Enters: a `View`. Leaves: a `HeatMap` of formatted cells and its caption.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from harness.records import CONTROLS, ResultRow
@@ -118,4 +119,4 @@ def _heat_cell(uer: float | None, *, own: bool) -> HeatCell:
     if uer is None:
         return HeatCell(words.DASH, "transparent", dark=False, own=own)
     colour, dark = heat_colour(uer)
-    return HeatCell(f"{100 * uer:.0f}", colour, dark, own)
+    return HeatCell(f"{math.floor(100 * uer + 0.5)}", colour, dark, own)

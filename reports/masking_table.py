@@ -28,9 +28,8 @@ def masking_table(view: View) -> TextTable | None:
     if not verdicts:
         return None
     head = (
-        "Variant", "Verdict", "White-box UER", "Gradient-free UER", "Test", "Worst transfer",
-        "Test", "Best control", "Test", "No gradient", "Slope kept", "Agreement", "Saturated",
-        "Falls with \u03b5",
+        "Variant", "Verdict", "White-box UER", "Gradient-free UER", "Worst transfer",
+        "Best control", "No gradient", "Slope kept", "Agreement", "Saturated", "Falls with \u03b5",
     )  # fmt: skip
     return TextTable(head, tuple(_cells(verdict) for verdict in verdicts))
 
@@ -43,9 +42,9 @@ def _cells(verdict: MaskingVerdict) -> tuple[str, ...]:
         verdict.variant.label,
         verdict.word,
         percent(own.uer if own else None),
-        *_compared(s["gradient_free"]),
-        *_compared(s["transfer"]),
-        *_compared(s["control"]),
+        _compared(s["gradient_free"]),
+        _compared(s["transfer"]),
+        _compared(s["control"]),
         _within(s["no_gradient"], percent(s["no_gradient"].value)),
         _within(s["slope"], number(s["slope"].value)),
         _within(s["agreement"], number(s["agreement"].value)),
@@ -54,12 +53,12 @@ def _cells(verdict: MaskingVerdict) -> tuple[str, ...]:
     )
 
 
-def _compared(signal: Signal) -> tuple[str, str]:
+def _compared(signal: Signal) -> str:
     if signal.value is None or signal.p is None:
-        return DASH, DASH
-    named = f" ({label_of(signal.other)})" if signal.kind != "gradient_free" else ""
+        return DASH
+    named = f"{label_of(signal.other)}, " if signal.kind != "gradient_free" else ""
     test = p_value(signal.p) + ("" if signal.p < ALPHA else ", not shown")
-    return percent(signal.value) + named, test
+    return f"{percent(signal.value)} ({named}{test})"
 
 
 def _within(signal: Signal, text: str) -> str:

@@ -86,6 +86,8 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
         rows = result_rows(store)
         derived = rows_of(store, rows)
         hidden = superseded(store)
+    if not rows and not as_json:
+        raise HarnessError(f"{workspace.results} has no results yet: run `harness run` first")
     measured = {row.variant for row in rows}
     for name in models:
         if name not in measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -363,3 +364,22 @@ def test_a_store_that_cannot_be_opened_now_is_not_to_be_moved_away(
     said = refused(tmp_path / "results.db")
     assert told in said
     assert "away" not in said
+
+
+def test_a_store_in_a_folder_that_may_not_be_written_is_read_as_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.db"
+    with open_store(path) as store:
+        store.add_evaluation_set(evaluation_set(LABELS))
+        kept = store.evaluation_sets()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with open_store(path) as store:
+        assert store.evaluation_sets() == kept
+        with pytest.raises(HarnessError, match="cannot write"):
+            store.add_model(model_record())
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    (tmp_path / "results.db-wal").write_bytes(b"rows that were not moved yet")
+    with pytest.raises(HarnessError, match="left while it was written"):
+        open_store(path)
