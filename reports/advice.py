@@ -6,7 +6,7 @@ against a cost; a step along it is called an improvement only where a paired tes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -79,25 +79,29 @@ def not_faster(view: View) -> list[str]:
     if view.device.emulated or full is None or len(timed) < 2:
         return []
     baseline = _latency(full) or 0.0
+    against = f"Latency p50 against {full.label} ({words.milliseconds(baseline)}):"
+
+    def ratios(variants: Sequence[VariantView]) -> str:
+        return listed([f"{v.label} {(_latency(v) or 0.0) / baseline:.2f} times" for v in variants])
+
     others = [v for v in timed.values() if v is not full]
-    p_values = adjusted_apart(others, [_latency_p(v, full) for v in others])
-    if caveat := latency_caveat(view):
-        ratios = [f"{v.label} {(_latency(v) or 0.0) / baseline:.2f} times" for v in others]
-        against = f"{full.label} ({words.milliseconds(baseline)})"
-        return [f"Latency p50 against {against}: {listed(ratios)}. A hint only: {caveat}."]
+    sound = [v for v in others if _sound(v)]
+    if not _sound(full) or not sound:
+        return [f"{against} {ratios(others)}. A hint only: {latency_caveat(view)}."]
     slower, level = [], []
-    for variant, p in zip(others, p_values, strict=True):
+    for variant, p in zip(
+        sound, adjusted_apart(sound, [_latency_p(v, full) for v in sound]), strict=True
+    ):
         ratio = (_latency(variant) or 0.0) / baseline
         if p < ALPHA and ratio > 1:
             slower.append(f"{variant.label} ({ratio:.2f} times, {p_value(p)})")
         elif p >= ALPHA:
             level.append(f"{variant.label} ({ratio:.2f} times)")
-    text = f"Latency p50 against {full.label} ({words.milliseconds(baseline)}):"
-    text += f" shown to be slower, though compressed: {listed(slower)}." if slower else ""
+    doubtful = [v for v in others if v not in sound]
+    text = f" shown to be slower, though compressed: {listed(slower)}." if slower else ""
     text += f" No difference shown: {listed(level)}." if level else ""
-    if not slower and not level:
-        return []
-    return [text]
+    text += f" A hint only, not validly measured: {ratios(doubtful)}." if doubtful else ""
+    return [against + text] if text else []
 
 
 def _latency_p(first: VariantView, second: VariantView) -> float:
