@@ -55,6 +55,7 @@ def headline(view: View) -> str:
     if worse:
         verb = "is" if len(worse) == 1 else "are"
         text += f" {names_of(worse)} {verb} shown to be more fragile than Full."
+    text += _price(view, better)
     text += _with_more_room(view, tests)
     spared = [v.label for v in rated if v.white_box is None]
     if spared:
@@ -105,6 +106,20 @@ def _survivors(view: View, at: str, better: list[Comparison]) -> str:
         elif not any(p < ALPHA for p in p_values):
             text += " Between the first of these and the others no difference is shown."
     return text
+
+
+def _price(view: View, better: list[Comparison]) -> str:
+    """What those who survive better are shown to lose on clean images."""
+    survivors = {test.variant.name for test in better}
+    paid = [
+        test
+        for test in against_full(view, "clean")
+        if test.variant.name in survivors and test.shown and test.difference > 0
+    ]
+    if not paid:
+        return ""
+    costs = listed([f"{test.variant.label} errs on {percent(test.rate)}" for test in paid])
+    return f" The price: on clean images {costs}, Full on {percent(paid[0].baseline_rate)}."
 
 
 def _no_survivor(at: str, tests: list[Comparison]) -> str:
