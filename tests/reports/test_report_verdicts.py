@@ -133,9 +133,9 @@ def test_headline_follows_the_numbers(planter, store):
 
 def test_who_survives_better_says_what_it_costs_on_clean_images(planter, store):
     p = planter("full", "q2", "q4")
-    plant(p, "full", {(None, None): 0.02, ("full", 10.0): 0.80})
-    plant(p, "q2", {(None, None): 0.12, ("q2", 10.0): 0.40, ("full", 10.0): 0.40})
-    plant(p, "q4", {(None, None): 0.02, ("q4", 10.0): 0.45, ("full", 10.0): 0.45})
+    for name, clean, rate in (("full", 0.02, 0.80), ("q2", 0.12, 0.40), ("q4", 0.02, 0.45)):
+        attacked = {(source, 10.0): rate for source in ("full", "q2", "q4")}
+        plant(p, name, {(None, None): clean, **attacked})
     said = headline(build_view(store)).replace(words.NBSP, " ")
     assert said.startswith("Q2 and Q4 survive better")
     assert "The price: on clean images Q2 errs on 12.0 %, Full on 2.0 %." in said
