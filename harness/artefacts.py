@@ -25,7 +25,6 @@ from harness.records import HarnessError, UsageError
 
 MAX_PT_BYTES = 2 * 2**30
 """Larger than any checkpoint of these models by far; a bigger file is a mistake or an attack."""
-REMAKE = "delete it, and `harness run` makes it again"
 """What to do about a damaged file of our own."""
 _DOS_FOLDER = 0x10
 _WARNINGS = threading.Lock()
@@ -103,7 +102,7 @@ def load_pt(path: Path, *, what: str, remedy: str = "make it again") -> dict[str
     Args:
         path: the file.
         what: how to call it in an error, such as "UAP" or "checkpoint".
-        remedy: what to do about a damaged one; `REMAKE` for one of our own.
+        remedy: what to do about a damaged one.
 
     Raises:
         UsageError: missing, too large, not a .pt file, truncated, holding pickled code, or not

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.artefacts import REMAKE, load_pt, save_pt
+from harness.artefacts import load_pt, save_pt
 from harness.models.resnet import ModelSpec, ResNet
 from harness.records import UsageError
 
 FORMAT = 1
+REMAKE = "delete it, and `harness train` makes it again"
 MAX_WIDTH = 1024
 MAX_CLASSES = 10_000
 

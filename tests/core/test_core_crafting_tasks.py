@@ -107,5 +107,7 @@ def test_a_damaged_file_of_our_own_says_how_it_is_made_again(tmp_path: Path) -> 
         lambda: valid_uap(here, name),
         lambda: locate_uap(here, "cache/full_eps10.pt"),
     ):
-        with pytest.raises(UsageError, match="cut off: delete it, and the same command makes it"):
+        with pytest.raises(
+            UsageError, match=r"cut off: delete it, and `harness \w+` makes it again"
+        ):
             look()

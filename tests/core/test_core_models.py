@@ -210,7 +210,7 @@ def test_a_checkpoint_without_a_field_is_refused(tmp_path: Path, field: str) -> 
     del content[field]
     message = refused(tmp_path / "c.pt", content)
     assert f"'{field}'" in message
-    assert "the same command makes it again" in message
+    assert "`harness train` makes it again" in message
 
 
 @pytest.mark.parametrize("field", sorted(asdict(spec())))
