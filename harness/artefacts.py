@@ -25,7 +25,6 @@ from harness.records import HarnessError, UsageError
 
 MAX_PT_BYTES = 2 * 2**30
 """Larger than any checkpoint of these models by far; a bigger file is a mistake or an attack."""
-"""What to do about a damaged file of our own."""
 _DOS_FOLDER = 0x10
 _WARNINGS = threading.Lock()
 """Held while warnings are silenced: that is a state of the whole process, and tasks run beside."""

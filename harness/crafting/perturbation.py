@@ -20,6 +20,7 @@ from harness.artefacts import load_pt, save_pt, sha256_file
 from harness.records import UapRecord, UsageError
 
 REMAKE = "delete it, and `harness craft` makes it again"
+"""What to do about a damaged file."""
 BUDGET_TOLERANCE = 1e-4
 """Levels by which a stored delta may exceed eps: float32 rounding of eps / 255, not more."""
 MAX_ELEMENTS = 2**24

@@ -21,6 +21,7 @@ from harness.records import UsageError
 
 FORMAT = 1
 REMAKE = "delete it, and `harness train` makes it again"
+"""What to do about a damaged file."""
 MAX_WIDTH = 1024
 MAX_CLASSES = 10_000
 
