@@ -39,7 +39,8 @@ CACHED = (
 )
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="no g++ here to compile the kernels with (make test has it)"
+    shutil.which("g++") is None,
+    reason="no g++ here to compile the kernels with: apt-get install g++",
 )
 
 
