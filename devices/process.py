@@ -125,7 +125,20 @@ class ProcessTransport:
         for thread in self._readers:
             thread.join(timeout=GRACE_S)
         how = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
-        return DeviceUnreachable(f"the runner ended unexpectedly ({how}){self._last_words()}")
+        return DeviceUnreachable(
+            f"the runner ended unexpectedly ({how}){self._unasked()}{self._last_words()}"
+        )
+
+    def _unasked(self) -> str:
+        """What it said before it was asked anything: something else than the runner ran."""
+        with suppress(queue.Empty):
+            line = self._lines.get_nowait()
+            if line is None:
+                self._lines.put(None)
+                return ""
+            said = line.decode(errors="replace")
+            return f" after it sent what is not its protocol: {said[:200]!r}"
+        return ""
 
     def _last_words(self) -> str:
         words = [line.decode(errors="replace").strip() for line in self._stderr]
