@@ -185,12 +185,13 @@ def paired_difference(
     return low, -_tango_limit(lost, gained, n, z=z)
 
 
-def most_unseen(n: int, *, population: int, confidence: float = 0.95) -> int:
-    """The most of a population that may differ when none of a sample of n does (exact)."""
-    low, high = 0, population - n  # the sample itself shows that n do not
+def most_unseen(n: int, *, population: int, confidence: float = 0.95, differing: int = 0) -> int:
+    """The most of a population that may differ besides those of a sample of n that do (exact)."""
+    low, high = 0, population - n  # the sample itself shows what its n do
     while low < high:
         middle = (low + high + 1) // 2
-        if stats.hypergeom.pmf(0, population, middle, n) >= 1 - confidence:
+        found = stats.hypergeom.cdf(differing, population, differing + middle, n)
+        if found >= 1 - confidence:
             low = middle
         else:
             high = middle - 1

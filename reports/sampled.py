@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from harness.metrics import mcnemar
+from harness.metrics import corrected_uer, mcnemar, most_unseen
 
 Wrong = npt.NDArray[np.bool_]
 SHARE = 0.002
@@ -42,8 +42,7 @@ class Sampled:
     @property
     def rate(self) -> float:
         """Error rate on all images: PyTorch's, corrected by the sample."""
-        there = self.torch_wrong[self.indices]
-        return float(self.torch_wrong.mean() + self.device_wrong.mean() - there.mean())
+        return corrected_uer(self.torch_wrong, self.device_wrong, self.indices).value
 
 
 def sampled_difference(first: Sampled, second: Sampled) -> tuple[float, float]:
@@ -64,33 +63,21 @@ def sampled_difference(first: Sampled, second: Sampled) -> tuple[float, float]:
         return value, 1.0
     seen = first.device_wrong[here], second.device_wrong[there]
     population = first.torch_wrong.size
-    if most_differing(0, both.size, population=population, alpha=SHARE) > MOST_UNKNOWN * population:
+    if _unknown(0, both.size, population) > MOST_UNKNOWN * population:
         return value, mcnemar(*seen)
     expected = first.torch_wrong[both], second.torch_wrong[both]
     differing = int(np.count_nonzero((seen[0] != expected[0]) | (seen[1] != expected[1])))
     one, other = first.torch_wrong.copy(), second.torch_wrong.copy()
     one[both], other[both] = seen
-    unknown = most_differing(differing, both.size, population=population, alpha=SHARE) - differing
     more = int(np.count_nonzero(one & ~other))
     less = int(np.count_nonzero(~one & other))
     # Where only one model errs it may be the other alone that does: that counts twice.
-    turned = max(more, less) - unknown
+    turned = max(more, less) - _unknown(differing, both.size, population)
     whole = 1.0
     if 2 * turned > more + less:
         whole = SHARE + float(stats.binomtest(turned, more + less, 0.5).pvalue)
     return value, min(1.0, 2 * min(mcnemar(*seen), whole))
 
 
-def most_differing(differing: int, n: int, *, population: int, alpha: float) -> int:
-    """The most of a population that may differ when so many of a sample of n do (hypergeometric).
-
-    With probability `alpha` or less there are more.
-    """
-    low, high = differing, population - n + differing
-    while low < high:
-        middle = (low + high + 1) // 2
-        if stats.hypergeom.cdf(differing, population, middle, n) >= alpha:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _unknown(differing: int, n: int, population: int) -> int:
+    return most_unseen(n, population=population, confidence=1 - SHARE, differing=differing)

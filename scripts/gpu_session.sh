@@ -2,8 +2,8 @@
 # scripts/gpu_session.sh - the harness on a GPU machine that is lent for minutes, reaches no network
 # and keeps nothing: data and earlier results go in by parts, what comes out is few, small files.
 #
-#   scripts/pack_images.py cifar10.npz cifar10.packed at home: 60 % of the size, or the .npz itself,
-#   split -b 50M cifar10.packed cifar10.packed.       in parts small enough to be carried
+#   python scripts/pack_images.py cifar10.npz cifar10.packed    at home: 60 % of the size, ...
+#   split -b 50M cifar10.packed cifar10.packed.       ... or the .npz itself, in parts to be carried
 #   scripts/gpu_session.sh keep cifar10.packed.aa     there, a call a part: kept for the calls after it
 #   scripts/gpu_session.sh check OUT                  tests and benchmarks marked gpu; OUT/check.log
 #   scripts/gpu_session.sh run OUT 8m full sfp pp3 q4 these variants, until the time is over
@@ -117,7 +117,8 @@ run() {
     state "$out" # however it ended: what was built must come back
     if [ -f "$root/workspace/results.db" ]; then
         if "$python" "$tree/scripts/publish.py" "$root/workspace" "$root/published" \
-            --title "${TITLE:-$dataset}" --note "${NOTE:-}"; then
+            --title "${TITLE:-$dataset}" --note "${NOTE:-}" \
+            --command "harness run${models[*]+ ${models[*]}}"; then
             (cd "$root" && "$python" -m tarfile -c "$out/published.tar.xz" published)
         else
             echo "nothing to report yet" >&2

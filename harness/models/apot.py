@@ -59,6 +59,11 @@ def lookup(table: Tensor, cells: Tensor) -> Tensor:
     return table.index_select(0, cells.reshape(-1)).view(cells.shape)
 
 
+def _cells(levels: tuple[int, ...]) -> tuple[int, ...]:
+    """Level of every half-unit cell up to the largest level."""
+    return tuple(int(level) for level in half_unit_table(levels)[: 2 * levels[-1] + 1])
+
+
 class _Project(torch.autograd.Function):
     """q = nearest level of u (u clipped to [0, max] by the caller); gradient passes through."""
 
@@ -116,14 +121,13 @@ class ApotConv2d(nn.Conv2d):
         self.weight_max = WEIGHT_LEVELS[bits][-1]
         self.activation_alpha = nn.Parameter(torch.tensor(ACTIVATION_ALPHA_INIT))
         self.weight_alpha = nn.Parameter(torch.tensor(WEIGHT_ALPHA_INIT))
-        for name, levels in (
-            ("activation_table", ACTIVATION_LEVELS[bits]),
-            ("weight_table", WEIGHT_LEVELS[bits]),
+        self._activation_cells = _cells(ACTIVATION_LEVELS[bits])
+        self._weight_cells = _cells(WEIGHT_LEVELS[bits])
+        for name, cells in (
+            ("activation_table", self._activation_cells),
+            ("weight_table", self._weight_cells),
         ):
-            cells = half_unit_table(levels)[: 2 * levels[-1] + 1]
-            self.register_buffer(name, torch.from_numpy(cells).float(), persistent=False)
-        self._activation_cells = tuple(int(n) for n in half_unit_table(ACTIVATION_LEVELS[bits]))
-        self._weight_cells = tuple(int(n) for n in half_unit_table(WEIGHT_LEVELS[bits]))
+            self.register_buffer(name, torch.tensor(cells, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self.activation_alpha.clamp(min=MIN_ALPHA)
@@ -157,7 +161,7 @@ class ApotConv2d(nn.Conv2d):
         step = float(self.weight_alpha.detach().clamp(min=MIN_ALPHA) / self.weight_max)
         units = (weight - weight.mean()) / weight.std() / step
         cells = np.minimum(2 * np.abs(units), 2 * self.weight_max).astype(np.int64)
-        magnitudes = half_unit_table(WEIGHT_LEVELS[self.bits])[cells]
+        magnitudes = np.array(self._weight_cells)[cells]
         return (magnitudes * np.sign(units)).astype(np.int8), step
 
     def _normalised_weight(self) -> tuple[Tensor, Tensor]:

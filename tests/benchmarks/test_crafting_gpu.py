@@ -11,19 +11,18 @@ in bf16 matrix products of 8192 x 8192, measured beside. Nothing is asserted abo
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_cases import JOBS, peak_flops, seconds
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.crafting.together import Job, Request, Rule, craft_together
+from harness.crafting.together import Job, Rule, craft_together
 from harness.data.dataset import Split
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, build_model
@@ -34,29 +33,6 @@ pytestmark = [
 ]
 WIDTH, IMAGES, BATCH, PAIRS, BETA = 64, 4000, 500, 3, 8.0
 SPEC = {"mean_255": (125, 122, 113), "std_255": (63.0, 62.1, 66.7)}
-JOBS = [Job(Request(float(eps)), seed=eps) for eps in (2, 4, 6, 8, 10, 12)]
-JOBS += [Job(Request(10.0, target), seed=target) for target in range(10)]
-
-
-def seconds(work: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def peak_flops(size: int = 8192, rounds: int = 20) -> float:
-    """Floating-point operations a second of bf16 matrix products, measured."""
-    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-
-    def multiply() -> None:
-        for _ in range(rounds):
-            torch.mm(a, b)
-
-    multiply()
-    return float(2 * size**3 * rounds / min(seconds(multiply) for _ in range(3)))
 
 
 def authors_epoch(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, job: Job) -> None:

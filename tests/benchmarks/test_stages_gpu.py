@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu_cases import JOBS, best_of, peak_flops
 from torch import nn
 
 from harness.crafting import arithmetic
-from harness.crafting.together import Job, Request, Rule, craft_together
+from harness.crafting.together import Rule, craft_together
 from harness.data.dataset import Split
 from harness.inference import predict
 from harness.models.folded import fold
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 CUDA = torch.device("cuda")
-SIZE, COPIED = 8192, 2**31
+COPIED = 2**31
 FORWARD_FLOP = 2 * 0.5554e9
 """Of one image through the network: two a multiply-accumulate."""
 SPEC = ModelSpec("resnet18", 64, 3, 10, (125, 122, 113), (63.0, 62.1, 66.7))
@@ -57,28 +57,6 @@ APOT = replace(
     precision="fp32",
     learning_rates={"": 0.01, "activation_alpha": 0.01, "weight_alpha": 0.01},
 )
-JOBS = [Job(Request(float(eps)), seed=eps) for eps in (2, 4, 6, 8, 10, 12)]
-JOBS += [Job(Request(10.0, target), seed=target) for target in range(10)]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def best_of(work: Callable[[], object], times: int = 3) -> float:
-    """Seconds; the first call, which chooses kernels, does not count."""
-    work()
-    return min(seconds(work) for _ in range(times))
-
-
-def peak_flops() -> float:
-    """Floating-point operations a second of bf16 matrix products, measured."""
-    a, b = (torch.randn(SIZE, SIZE, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * SIZE**3 * 20 / best_of(lambda: [torch.mm(a, b) for _ in range(20)])
 
 
 def copy_bytes() -> float:

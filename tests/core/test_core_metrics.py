@@ -307,3 +307,16 @@ def test_energy_is_per_run_and_only_from_a_sensor() -> None:
     wrapped = process_of(4, telemetry=({"energy_uj": 9_000}, {"energy_uj": 10}))
     assert summarise_latency([wrapped], cores=2).energy_mj is None
     assert summarise_latency([counted, process_of(4)], cores=2).energy_mj is None
+
+
+@given(st.integers(0, 20), st.integers(21, 400), st.sampled_from([0.95, 0.998]))
+def test_the_bound_is_the_largest_that_the_sample_leaves_possible(
+    differing: int, n: int, confidence: float
+) -> None:
+    population = 1_000
+    most = most_unseen(n, population=population, confidence=confidence, differing=differing)
+    possible = stats.hypergeom.cdf(differing, population, differing + most, n)
+    assert possible >= 1 - confidence
+    if most < population - n:
+        beyond = stats.hypergeom.cdf(differing, population, differing + most + 1, n)
+        assert beyond < 1 - confidence

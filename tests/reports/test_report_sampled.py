@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
 
-from harness.metrics import mcnemar
-from reports.sampled import SHARE, Sampled, most_differing, sampled_difference
+from harness.metrics import mcnemar, most_unseen
+from reports.sampled import SHARE, Sampled, sampled_difference
 
 N = 10_000
 
@@ -43,7 +40,7 @@ def test_a_difference_of_all_images_is_shown_beyond_the_sample() -> None:
 
 def test_what_the_sample_leaves_possible_is_not_shown() -> None:
     """500 images without a disagreement leave some 120 of 10,000: each may count twice."""
-    most = most_differing(0, 500, population=N, alpha=SHARE)
+    most = most_unseen(500, population=N, confidence=1 - SHARE)
     assert 100 < most < 150
     first, second = (model(wrong, 500) for wrong in pair_of(1_000 + 2 * most - 60, 1_000))
     assert sampled_difference(first, second)[1] > 0.05
@@ -68,17 +65,6 @@ def test_models_of_different_images_are_refused() -> None:
     few = Sampled(np.zeros(5, dtype=bool), np.zeros(1, dtype=bool), np.array([0]))
     with pytest.raises(ValueError, match="different images"):
         sampled_difference(model(np.zeros(N, dtype=bool), 10), few)
-
-
-@given(st.integers(0, 20), st.integers(21, 400), st.sampled_from([0.002, 0.05]))
-def test_the_bound_is_the_largest_that_the_sample_leaves_possible(
-    differing: int, n: int, alpha: float
-) -> None:
-    population = 1_000
-    most = most_differing(differing, n, population=population, alpha=alpha)
-    assert stats.hypergeom.cdf(differing, population, most, n) >= alpha
-    if most < population - n + differing:
-        assert stats.hypergeom.cdf(differing, population, most + 1, n) < alpha
 
 
 def test_a_null_effect_is_rarely_shown() -> None:
