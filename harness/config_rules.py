@@ -12,8 +12,8 @@ from harness.records import BLOCKS_PER_STAGE, UsageError
 if TYPE_CHECKING:
     from harness.config import Config
 
-ATTACKS = ("momentum", "sgd", "spsa")
-"""`momentum`: the strongest here (ADR 7); `sgd`: the paper's; `spsa`: gradient-free (ADR 10)."""
+ATTACKS = ("momentum", "sgd", "fourier")
+"""`momentum`: the strongest here (ADR 7); `sgd`: the paper's; `fourier`: no gradients (ADR 10)."""
 PROTOCOLS = ("clean", "paper")
 MIN_EPS_255, MAX_EPS_255 = 1.0, 255.0
 """A device receives whole pixel levels: less than one of them is nothing."""

@@ -23,7 +23,8 @@ from reports.view import Craft, DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
 
 REFERENCE_EPS = 10.0
-GRADIENT_FREE = "spsa"
+GRADIENT_FREE = ("fourier", "spsa")
+"""Attacks that use no gradients; `spsa` is in stores of before there was `fourier`."""
 DEPLOYED = "onnxruntime"
 
 
@@ -219,10 +220,10 @@ def _targeted_eps(
 def _is_gradient_free(row: ResultRow, craft: Craft | None, reference: float | None) -> bool:
     """A search on the victim itself, beside a headline attack that uses gradients."""
     return (
-        row.attack == GRADIENT_FREE
+        row.attack in GRADIENT_FREE
         and craft is not None
         and craft[:1] == (row.protocol or "",)
-        and craft[1] != GRADIENT_FREE
+        and craft[1] not in GRADIENT_FREE
         and (row.uap_source, row.target, row.eps) == (row.variant, None, reference)
     )
 

@@ -206,10 +206,9 @@ def _judge(
     no_guide: tuple[Kind, ...] = ("no_gradient", "slope", "agreement")
     bad_gradients = [kind for kind in no_guide if kind in raised]
     beaten = [kind for kind in raised if kind in ("transfer", "control")]
-    if "gradient_free" in raised:
-        return "masked", ("gradient_free", *bad_gradients, *beaten)
-    if bad_gradients and beaten:
-        return "masked", (*bad_gradients, *beaten)
+    free: tuple[Kind, ...] = ("gradient_free",) if "gradient_free" in raised else ()
+    if bad_gradients and (free or beaten):
+        return "masked", (*free, *bad_gradients, *beaten)
     control = signals["control"]
     # Hardly better than a pattern: bounded, not merely unshown.
     no_better = control.value is not None and own_high < control.value + EQUIVALENT
@@ -217,7 +216,13 @@ def _judge(
         return "masked", ("no_gradient", "control")
     if raised:
         return "undecided", tuple(raised)
-    open_questions = tuple(kind for kind in KINDS if signals[kind].state != "clear")
+    # Where next to nothing is left to do, that others do as much takes nothing from it.
+    even: tuple[Kind, ...] = ("gradient_free", "control") if near_ceiling else ()
+    open_questions = tuple(
+        kind
+        for kind in KINDS
+        if signals[kind].state != "clear" and not (kind in even and signals[kind].state == "unclear")
+    )
     if open_questions:
         return "undecided", open_questions
     return "not masked", ("gradient_free",)
@@ -227,7 +232,7 @@ def _judge(
 
 
 def _gradient_free(tested: _Tested) -> Signal:
-    """A search without gradients: clear only where it is shown to do worse."""
+    """A search without gradients: clear only where it is shown to do less."""
     found = tested.of("gradient_free")
     if not found:
         return Signal("gradient_free", "not measured")

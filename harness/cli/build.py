@@ -95,7 +95,7 @@ def train(
 @click.option(
     "--attack",
     type=click.Choice(ATTACKS),
-    help="How: momentum, the paper's sgd, or spsa, which uses no gradients.  [default: the "
+    help="How: momentum, the paper's sgd, or fourier, which uses no gradients.  [default: the "
     "workspace's, from harness.toml]",
 )
 @brought_options
@@ -138,7 +138,7 @@ def craft(
       harness craft --model q4 --eps 10 --target 3
       harness craft --model full --eps 10 --seeds 5
       harness craft --model fleet --model fleet_without_q4 --eps 10
-      harness craft --model q4 --eps 10 --attack spsa
+      harness craft --model q4 --eps 10 --attack fourier
       harness craft --control chessboard --eps 10
       harness craft --factory mypkg.net:make --checkpoint net.pt --dataset photos.npz --eps 8
     """

@@ -2,8 +2,9 @@
 
 Against the paper's SGD-UAP at the same number of gradient evaluations (docs/adr/0007): batches a
 fraction as large, so more steps; momentum over gradients brought to one size; a step that falls
-linearly; and a result that is chosen, on attack images, among the last iterate and two patterns
-nobody optimised, so that it does not lose to them.
+linearly; and a result that is chosen, on attack images, among the last iterate and three patterns
+that no gradient made (chessboard, random signs, the best plane wave of a short search), so that it
+does not lose to them. At small budgets the wave is often ahead of what gradients find.
 
 Enters: `harness.config.CraftConfig`'s numbers. Leaves: a rule for `harness.crafting.together`.
 """
@@ -27,6 +28,8 @@ class MomentumSettings:
     shuffle: bool
     batch_statistics: bool
     selection: int
+    waves: int = 0
+    """Forward passes to find the wave with, part of the budget that `epochs` is."""
     restarts: int = 1
 
     @property
@@ -43,5 +46,6 @@ class MomentumSettings:
             decay=True,
             selection=self.selection,
             patterns=True,
+            waves=self.waves,
             restarts=self.restarts,
         )

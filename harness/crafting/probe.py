@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.crafting.spsa import directions, margin
+from harness.crafting.waves import margin
 from harness.data.dataset import Split
 
 IMAGES = 64
@@ -89,7 +89,7 @@ def probe_gradients(
         own_promised, own_measured = slopes(gradient.sign(), 1.0)
         shape = tuple(pixels.shape[1:])
         found = [
-            slopes(directions(rng, n, shape, GRID).to(device), reach) for _ in range(DIRECTIONS)
+            slopes(_directions(rng, n, shape, GRID).to(device), reach) for _ in range(DIRECTIONS)
         ]
     promised, measured = zip(*found, strict=True)
     return Probe(
@@ -111,3 +111,11 @@ def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def _plain(values: Tensor) -> list[float]:
     return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
+
+
+def _directions(rng: np.random.Generator, n: int, shape: tuple[int, ...], grid: int) -> Tensor:
+    """+-1, float32 [n, C, H, W], constant on the cells of a grid."""
+    channels, height, width = shape
+    cells = (n, channels, min(grid, height), min(grid, width))
+    signs = torch.from_numpy(rng.choice(np.array([-1.0, 1.0], dtype=np.float32), size=cells))
+    return F.interpolate(signs, size=(height, width), mode="nearest")

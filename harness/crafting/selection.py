@@ -8,16 +8,16 @@ take part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.crafting.perturbation import chessboard, to_levels
+from harness.crafting.perturbation import to_levels
 
-LAST, CHESSBOARD, START = "last iterate", "chessboard", "start"
+LAST, CHESSBOARD, START, WAVE = "last iterate", "chessboard", "start", "wave"
 MIN_IMAGES, MAX_IMAGES = 64, 1024
 IMAGES_A_CALL = 256
 
@@ -29,7 +29,7 @@ class Chosen:
     values: np.ndarray
     """float32 [C, H, W], as the candidate came; whole levels if a pattern could have been it."""
     name: str
-    """`last iterate`, `chessboard` or `start`."""
+    """`last iterate`, `chessboard`, `start` or `wave`."""
     scores: tuple[float, ...]
     """Share of the images on which the last iterate of each start succeeds."""
     start: int = 0
@@ -41,9 +41,9 @@ def selection_images(n: int) -> int:
     return min(n, max(MIN_IMAGES, min(MAX_IMAGES, n // 8)))
 
 
-def selection_cost(*, images: int, starts: int, patterns: bool) -> int:
+def selection_cost(*, images: int, starts: int, patterns: int) -> int:
     """Gradient evaluations a selection is worth: a forward pass counts as half of one."""
-    return math.ceil((starts + 2 * patterns) * images / 2)
+    return math.ceil((starts + patterns) * images / 2)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def select(
     images: Tensor,
     labels: Tensor,
     iterates: Sequence[np.ndarray],
-    signs: np.ndarray | None,
+    patterns: Mapping[str, np.ndarray],
     *,
     eps: float,
     targeted: bool,
@@ -66,16 +66,14 @@ def select(
         images: uint8 [N, C, H, W], the attack images.
         labels: int64 [N], the true classes, or the target class where targeted.
         iterates: float32 [C, H, W] each, in pixel levels: the last one of every start.
-        signs: +-1 [C, H, W], the first start; with it, its signs and a chessboard at full budget
-            are candidates, too, and the result is whole levels. None: only the iterates are.
+        patterns: candidates that nobody optimised, by name, +-1 [C, H, W]: they take the whole
+            budget, and with them the result is whole levels.
         eps: the budget in pixel levels.
         targeted: whether success is the label predicted, not another one.
         count: how many of the images to use, evenly spread.
     """
     candidates = [(values, LAST) for values in iterates]
-    if signs is not None:
-        shape: tuple[int, int, int] = signs.shape
-        candidates += [(chessboard(shape, eps=eps), CHESSBOARD), (signs * eps, START)]
+    candidates += [(signs * eps, name) for name, signs in patterns.items()]
     used = torch.linspace(0, len(images) - 1, min(count, len(images)), device=images.device).long()
     # Drawn, not dealt in turn: the images may lie in the order of their classes.
     judge = torch.from_numpy(np.random.default_rng(0).permutation(len(used)) % len(networks))
@@ -92,7 +90,7 @@ def select(
         scores.append(successes / len(used))
     best = scores.index(max(scores))
     values, name = candidates[best]
-    if signs is not None:
+    if patterns:
         values = to_levels(values, eps=eps).astype(np.float32)
     start = best if best < len(iterates) else 0
     return Chosen(values, name, tuple(scores[: len(iterates)]), start)

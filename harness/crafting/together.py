@@ -21,7 +21,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +30,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial, write_partial
-from harness.crafting.arithmetic import Function, crafted_on
+from harness.crafting.arithmetic import Function, crafted_on, images_at_once
+from harness.crafting.perturbation import chessboard
 from harness.crafting.seen import Seen
-from harness.crafting.selection import LAST, Chosen, select, selection_cost
+from harness.crafting.selection import (
+    CHESSBOARD,
+    LAST,
+    START,
+    WAVE,
+    Chosen,
+    select,
+    selection_cost,
+)
+from harness.crafting.starts import orders, start_signs
+from harness.crafting.waves import TINY, Wave, find_wave
 from harness.data.dataset import Split
 
 SAVE_INTERVAL_SECONDS = 5.0
-IMAGES_AT_ONCE = {"cpu": 64, "cuda": 4096}
-"""Perturbed images in one call of the network at most; a batch of one perturbation is not cut.
-On a CPU more do not fit its caches; fewer pay for every call (64: 2.2 times the images a second
-of 8 at width 8)."""
-PIXEL_VALUES = 3 * 32 * 32
-"""Of the images those numbers are for; of larger ones proportionally fewer run at once."""
-TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Rule:
     """Attack images that choose the result; 0: the last iterate is it, as in the paper."""
     patterns: bool = False
     """Whether the result must not lose there to its start's signs and to a chessboard."""
+    waves: int = 0
+    """Forward passes to find the wave with that it must not lose to either; 0: none."""
     restarts: int = 1
     """Starts of every perturbation, of which the selection keeps the best."""
 
@@ -101,9 +107,11 @@ class Crafted:
     zero_gradient_fraction: float
     """Share of pixels whose batch gradient was exactly zero in the last epoch."""
     chosen: str = LAST
-    """Which candidate it is: the last iterate, `start` or `chessboard`."""
+    """Which candidate it is: the last iterate, or a pattern by its name."""
     start_scores: tuple[float, ...] = ()
     """Share of the selection's images on which the last iterate of each start succeeds."""
+    wave: Wave | None = None
+    """The wave that was found, whether it was chosen or not."""
 
 
 Progress = Callable[[int], None]
@@ -111,13 +119,15 @@ Progress = Callable[[int], None]
 
 
 def planned_steps(rule: Rule, n: int) -> int:
-    """Steps of one start: the epochs asked for, less its share of what the selection costs.
+    """Steps of one start: the epochs asked for, less its share of what else its result costs.
 
     So attacks with and without a selection have the same budget.
     """
     steps = rule.epochs * -(-n // rule.batch_size)
     images = min(rule.selection, n)
-    cost = selection_cost(images=images, starts=rule.restarts, patterns=rule.patterns)
+    patterns = 2 * rule.patterns + bool(rule.waves)
+    cost = selection_cost(images=images, starts=rule.restarts, patterns=patterns)
+    cost += math.ceil(rule.waves / 2)
     return max(1, steps - math.ceil(cost / rule.restarts / rule.batch_size))
 
 
@@ -159,23 +169,51 @@ def craft_together(
     eps = torch.tensor(budgets, device=device).view(-1, 1, 1, 1)
     direction = torch.tensor([1.0 if s.request.target is None else -1.0 for s in starts])
     direction = direction.view(-1, 1, 1, 1).to(device)
-    signs = _start_signs(split, starts).to(device)
+    signs = start_signs([start.seed for start in starts], _shape(split)).to(device)
     delta, velocity = signs * (eps / 2), torch.zeros_like(signs)
     seen = Seen(len(starts), device)
-    at_step = 0
+    at_step, waves = 0, list[Wave]()
     saved = read_partial(partial, key=key)
     if saved is not None:
+        waves = [Wave(*values) for values in saved.get("waves", ())]
         at_step, delta = int(saved["step"]), saved["delta"].to(device)
         velocity = saved["velocity"].to(device)
         seen.restore(saved["seen"])
     steps, per_epoch = planned_steps(rule, n), -(-n // rule.batch_size)
-    order = _orders(starts, rule, n, epoch=at_step // per_epoch).to(device)
+
+    def order_of(epoch: int) -> Tensor:
+        seeds = [start.seed for start in starts]
+        return orders(seeds, n, epoch=epoch, shuffle=rule.shuffle).to(device)
+
+    order = order_of(at_step // per_epoch)
     last_save = time.monotonic()
+
+    def save(step: int) -> None:
+        nonlocal last_save
+        if time.monotonic() - last_save > SAVE_INTERVAL_SECONDS:
+            state = {"step": step, "delta": delta.cpu(), "velocity": velocity.cpu()}
+            state |= {"seen": seen.state(), "waves": [astuple(wave) for wave in waves]}
+            write_partial(partial, key=key, state=state)
+            last_save = time.monotonic()
+
     with crafted_on(networks, batch_statistics=rule.batch_statistics, device=device) as functions:
+        for job in jobs[len(waves) :] if rule.waves else ():
+            found_wave = find_wave(
+                [functions[i] for i in _members(job, len(networks))],
+                images,
+                labels[rule.restarts * len(waves)],
+                eps=job.request.eps,
+                targeted=job.request.target is not None,
+                seed=job.seed,
+                passes=rule.waves,
+            )
+            progress(math.ceil(found_wave.forwards / 2))
+            waves.append(found_wave.wave)
+            save(at_step)
         for t in range(at_step, steps):
             epoch, within = divmod(t, per_epoch)
             if within == 0:
-                order = _orders(starts, rule, n, epoch=epoch).to(device)
+                order = order_of(epoch)
                 seen.new_epoch()
             batch = order[:, within * rule.batch_size : (within + 1) * rule.batch_size]  # [K, B]
             y = labels.gather(1, batch)
@@ -195,29 +233,42 @@ def craft_together(
             delta = torch.minimum(torch.maximum(delta, -eps), eps)
             seen.add(loss, over, gradient, images=batch.shape[1])
             progress(batch.numel())
-            if t + 1 < steps and time.monotonic() - last_save > SAVE_INTERVAL_SECONDS:
-                state = {"step": t + 1, "delta": delta.cpu(), "velocity": velocity.cpu()}
-                write_partial(partial, key=key, state={**state, "seen": seen.state()})
-                last_save = time.monotonic()
+            if t + 1 < steps:
+                save(t + 1)
         found = []
         for k, job in enumerate(jobs):
             first = k * rule.restarts
             mine = delta[first : first + rule.restarts].cpu().numpy()
-            chosen = Chosen(mine[0], LAST, ())
+            chosen, wave = Chosen(mine[0], LAST, ()), waves[k] if waves else None
             if rule.selection:
+                start = signs[first].cpu().numpy() if rule.patterns else None
                 chosen = select(
                     [functions[i] for i in _members(job, len(networks))],
                     images,
                     labels[first],
                     list(mine),
-                    signs[first].cpu().numpy() if rule.patterns else None,
+                    _patterns(_shape(split), start, wave),
                     eps=job.request.eps,
                     targeted=job.request.target is not None,
                     count=rule.selection,
                 )
             best = first + chosen.start
-            found.append(Crafted(*seen.of(best, chosen.values), chosen.name, chosen.scores))
+            summary = seen.of(best, chosen.values)
+            found.append(Crafted(*summary, chosen.name, chosen.scores, wave))
     return found
+
+
+def _patterns(
+    shape: tuple[int, int, int], start: np.ndarray | None, wave: Wave | None
+) -> dict[str, np.ndarray]:
+    """Candidates beside the iterates, +-1 by name; a chessboard wherever random signs are one."""
+    found = {} if start is None else {CHESSBOARD: chessboard(shape, eps=1.0), START: start}
+    return found if wave is None else found | {WAVE: wave.signs(shape)}
+
+
+def _shape(split: Split) -> tuple[int, int, int]:
+    channels, height, width = split.images.shape[1:]
+    return channels, height, width
 
 
 def _starts(jobs: Sequence[Job], rule: Rule) -> list[Job]:
@@ -248,7 +299,7 @@ def _turns(starts: Sequence[Job], networks: int, t: int) -> dict[int, list[int]]
 
 
 def _budget(request: Request, rule: Rule) -> float:
-    whole = rule.selection and rule.patterns
+    whole = rule.selection and (rule.patterns or rule.waves)
     return float(math.floor(request.eps)) if whole else request.eps
 
 
@@ -257,9 +308,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient [K, C, H, W] of each mean clamped loss, that loss [K], samples beyond beta [K])."""
     K, B = batch.shape
-    limit = IMAGES_AT_ONCE.get(delta.device.type, IMAGES_AT_ONCE["cpu"])
-    limit = limit * PIXEL_VALUES // max(PIXEL_VALUES, delta[0].numel())
-    at_once = 1 if rule.batch_statistics else max(1, limit // B)
+    at_once = 1 if rule.batch_statistics else max(1, images_at_once(images) // B)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     first = 0
     while first < K:
@@ -296,18 +345,3 @@ def _labels(split: Split, jobs: Sequence[Job]) -> Tensor:
         if job.request.target is not None:
             labels[k] = job.request.target
     return labels
-
-
-def _start_signs(split: Split, jobs: Sequence[Job]) -> Tensor:
-    """+-1, float32 [K, C, H, W], of each job's own generator."""
-    choices, shape = np.array([-1.0, 1.0], dtype=np.float32), split.images.shape[1:]
-    signs = [np.random.default_rng(job.seed).choice(choices, size=shape) for job in jobs]
-    return torch.from_numpy(np.stack(signs))
-
-
-def _orders(jobs: Sequence[Job], rule: Rule, n: int, *, epoch: int) -> Tensor:
-    """The order of images of each job in an epoch, int64 [K, n]."""
-    if not rule.shuffle:
-        return torch.arange(n).expand(len(jobs), -1)
-    orders = [np.random.default_rng((job.seed, epoch)).permutation(n) for job in jobs]
-    return torch.from_numpy(np.stack(orders))

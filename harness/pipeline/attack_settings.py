@@ -13,7 +13,7 @@ from harness.config import CraftConfig
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.selection import selection_images
 from harness.crafting.sgd import SgdSettings
-from harness.crafting.spsa import SpsaSettings
+from harness.crafting.waves import MOST_PASSES, FourierSettings
 from harness.data.dataset import Split
 from harness.pipeline.context import Context
 from harness.pipeline.uap_names import attack_of
@@ -21,7 +21,10 @@ from harness.records import variant_named
 from harness.sources import is_ensemble, members
 from harness.workspace import UapName
 
-Settings = SgdSettings | MomentumSettings | SpsaSettings
+Settings = SgdSettings | MomentumSettings | FourierSettings
+
+WAVE_SHARE = 16
+"""Attack `momentum`: one part in so many of its budget looks for a wave (docs/adr/0007)."""
 
 
 def craft_split(context: Context) -> Split:
@@ -56,7 +59,7 @@ def probed(context: Context, name: UapName) -> bool:
         and name.eps == context.config.craft.reference_eps
         and name.seed == context.config.seed
         and not is_ensemble(name.source)
-        and not isinstance(settings_of(context, name), SpsaSettings)
+        and not isinstance(settings_of(context, name), FourierSettings)
     )
 
 
@@ -85,27 +88,38 @@ def _momentum_settings(
         shuffle=not paper,
         batch_statistics=batch_statistics,
         selection=selection_images(n),
+        # By the statistics of a batch, waves beside each other would change each other's results.
+        waves=0 if batch_statistics else min(MOST_PASSES, 2 * craft.epochs * n // WAVE_SHARE),
         restarts=craft.restarts,
     )
 
 
-def _spsa_settings(craft: CraftConfig, _n: int, _paper: bool, _statistics: bool) -> SpsaSettings:
-    # Twice the images of a gradient step: each tells about one direction only.
-    return SpsaSettings(epochs=craft.epochs, pairs=2 * craft.inner_batch)
+def _fourier_settings(
+    craft: CraftConfig, n: int, _paper: bool, _statistics: bool
+) -> FourierSettings:
+    # A gradient evaluation counts as two forward passes.
+    return FourierSettings(passes=min(MOST_PASSES, 2 * craft.epochs * n))
 
 
 MAKERS: dict[str, Callable[[CraftConfig, int, bool, bool], Settings]] = {
     "sgd": _sgd_settings,
     "momentum": _momentum_settings,
-    "spsa": _spsa_settings,
+    "fourier": _fourier_settings,
 }
 """(configuration, attack images, protocol `paper`, batch statistics) -> the attack's settings."""
+
+
+def evaluations(settings: Settings, n: int) -> int:
+    """Gradient evaluations one perturbation is worth, over n images."""
+    if isinstance(settings, FourierSettings):
+        return max(1, settings.passes // 2)
+    return settings.epochs * settings.restarts * n
 
 
 def settings_key(settings: Settings) -> dict[str, object]:
     """What is crafted from one start is what it was before there were restarts."""
     values = asdict(settings)
-    if not isinstance(settings, SpsaSettings) and settings.restarts == 1:
+    if not isinstance(settings, FourierSettings) and settings.restarts == 1:
         del values["restarts"]
         if isinstance(settings, SgdSettings):
             del values["selection"]

@@ -13,9 +13,9 @@ from harness.artefacts import cache_key
 from harness.crafting.perturbation import load_perturbation
 from harness.models.brought import BroughtModel, Recipe, load_brought, theirs
 from harness.models.brought_checks import Reading, check_attackable, read_accuracy
-from harness.pipeline.attack_settings import MAKERS, Settings, settings_key
+from harness.pipeline.attack_settings import MAKERS, Settings, evaluations, settings_key
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
-from harness.pipeline.craft_pass import craft_pass, passes
+from harness.pipeline.craft_pass import craft_pass
 from harness.pipeline.tasks import Progress, Task
 from harness.pipeline.uap_files import check_request
 from harness.pipeline.uap_names import attack_of
@@ -121,7 +121,7 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
         Task(
             stage="craft",
             name=f"craft {names[0].stem if len(names) == 1 else brought.recipe.name}{count}",
-            work=COST * passes(settings) * len(context.data.attack) * max(1, len(missing())),
+            work=COST * evaluations(settings, len(context.data.attack)) * max(1, len(missing())),
             is_done=lambda: not missing(),
             run=run,
         )

@@ -24,7 +24,6 @@ from harness.crafting.perturbation import (
     to_levels,
 )
 from harness.crafting.probe import probe_gradients
-from harness.crafting.spsa import Searched, SpsaSettings, craft_spsa, planned_searches
 from harness.crafting.together import (
     Crafted,
     Job,
@@ -32,8 +31,9 @@ from harness.crafting.together import (
     craft_together,
     planned_steps,
 )
+from harness.crafting.waves import FourierSettings, Searched, craft_fourier
 from harness.data.dataset import Split
-from harness.pipeline.attack_settings import Settings
+from harness.pipeline.attack_settings import Settings, evaluations
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
 from harness.pipeline.tasks import Progress
 from harness.pipeline.uap_names import attack_of
@@ -77,9 +77,9 @@ def craft_pass(
     for network in networks:
         set_batch_statistics(network, False)
         network.to(context.accelerator)
-    total, done = passes(settings) * len(split) * len(names), 0
+    total, done = evaluations(settings, len(split)) * len(names), 0.0
 
-    def advance(images: int) -> None:
+    def advance(images: float) -> None:
         nonlocal done
         done += images
         progress(min(done / total, 1.0), f"{len(names)} at once" if len(names) > 1 else "")
@@ -93,19 +93,21 @@ def craft_pass(
         for name, places in zip(names, members, strict=True)
     ]
     crafted: Iterable[Crafted | Searched]
-    if isinstance(settings, SpsaSettings):
-        steps = planned_searches(settings, len(split))
+    steps: int | None = None
+    if isinstance(settings, FourierSettings):
         # One after the other, each saved before the next: a kill costs one of them at most.
         crafted = (
-            craft_spsa(
-                networks[job.members[0]],
+            craft_fourier(
+                [networks[i] for i in job.members],
                 split,
-                job,
-                settings,
+                eps=job.request.eps,
+                target=job.request.target,
+                seed=job.seed,
+                settings=settings,
                 key=f"{key} on {identity}",
                 partial=partial,
                 device=context.accelerator,
-                progress=advance,
+                progress=lambda forwards: advance(forwards / 2),
             )
             for job, key, identity in zip(jobs, keys, identities, strict=True)
         )
@@ -131,11 +133,11 @@ def craft_pass(
             "checkpoint_sha256": identities[i],
             "settings": asdict(settings),
             "images": len(split),
-            "steps": steps,
+            **({} if steps is None else {"steps": steps}),
             **_what_was_seen(found),
             **(meta or {}),
         }
-        if probe[i] and not isinstance(settings, SpsaSettings):
+        if probe[i] and not isinstance(settings, FourierSettings):
             everything["probe"] = asdict(
                 probe_gradients(
                     networks[members[i][0]],
@@ -150,20 +152,16 @@ def craft_pass(
     partial.unlink(missing_ok=True)
 
 
-def passes(settings: Settings) -> int:
-    """How often one perturbation sees every image."""
-    return settings.epochs * (1 if isinstance(settings, SpsaSettings) else settings.restarts)
-
-
 def _what_was_seen(found: Crafted | Searched) -> dict[str, object]:
     if isinstance(found, Searched):
-        return {"objective": list(found.objective), "forwards": found.forwards}
+        return asdict(found.found)
     return {
         "loss": list(found.loss),
         "saturated_fraction": found.saturated_fraction,
         "zero_gradient_fraction": found.zero_gradient_fraction,
         "chosen": found.chosen,
         "start_scores": list(found.start_scores),
+        **({} if found.wave is None else {"wave": asdict(found.wave)}),
     }
 
 

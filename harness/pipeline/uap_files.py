@@ -15,7 +15,7 @@ from harness.crafting.perturbation import load_perturbation
 from harness.pipeline.attack_settings import craft_split, probed, settings_key, settings_of
 from harness.pipeline.checkpoints import checkpoint_key, valid_checkpoint
 from harness.pipeline.context import Context
-from harness.pipeline.uap_names import GRADIENT_FREE, attack_of
+from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, UsageError, variant_named
 from harness.sources import is_ensemble, members
 from harness.workspace import UapName
@@ -123,5 +123,3 @@ def check_name(context: Context, name: UapName) -> None:
     if attack_of(context, name) not in ATTACKS:
         known = ", ".join(ATTACKS)
         raise UsageError(f"{name.stem}: unknown attack {name.attack!r}; this version has {known}")
-    if is_ensemble(name.source) and attack_of(context, name) == GRADIENT_FREE:
-        raise UsageError(f"{name.stem}: {GRADIENT_FREE} crafts on one variant, not on the fleet")

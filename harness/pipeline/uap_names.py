@@ -15,7 +15,7 @@ from harness.records import CONTROLS, PAPER_ORDER
 from harness.sources import FLEET, leave_one_out
 from harness.workspace import UapName
 
-GRADIENT_FREE = "spsa"
+GRADIENT_FREE = "fourier"
 """The attack that a gradient attack must beat (docs/adr/0010)."""
 
 

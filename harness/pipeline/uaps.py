@@ -26,11 +26,12 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.spsa import SpsaSettings
+from harness.crafting.waves import FourierSettings
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.attack_settings import (
     Settings,
     craft_split,
+    evaluations,
     probed,
     settings_of,
 )
@@ -39,7 +40,7 @@ from harness.pipeline.checkpoints import (
     task_name,
 )
 from harness.pipeline.context import Context
-from harness.pipeline.craft_pass import craft_pass, new_perturbation, passes
+from harness.pipeline.craft_pass import craft_pass, new_perturbation
 from harness.pipeline.tasks import Progress, Shared, Task
 from harness.pipeline.uap_files import check_name, checkpoints_sha256, uap_key, valid_uap
 from harness.pipeline.uap_names import attack_of
@@ -104,7 +105,7 @@ class _Pass:
         context = self.context
         variants = [variant_named(m) for name in self.names for m in members(name.source)]
         cost = sum(CRAFT_COST[variant.method] for variant in variants) / len(variants)
-        work = cost * passes(self.settings) * len(craft_split(context))
+        work = cost * evaluations(self.settings, len(craft_split(context)))
         trained = tuple(dict.fromkeys(task_name(variant.name) for variant in variants))
         missing = [name for name in self.names if not valid_uap(context, name)]
         first = missing[0] if missing else self.names[0]
@@ -170,7 +171,7 @@ def _beside(context: Context) -> Shared | None:
 
 
 def _statistics(settings: Settings) -> bool:
-    return not isinstance(settings, SpsaSettings) and settings.batch_statistics
+    return not isinstance(settings, FourierSettings) and settings.batch_statistics
 
 
 def _make_control(context: Context, name: UapName) -> None:

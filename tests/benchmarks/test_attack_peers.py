@@ -6,7 +6,8 @@ Peers: the universal perturbations of the Adversarial Robustness Toolbox (extra 
 defaults and tuned in its favour, and a plain transcription of the loop the authors ran. The model
 is `full` of a finished workspace (HARNESS_WORKSPACE; with its data), or of a short training on the
 digits. Images, batches and epochs are those of its harness.toml. HARNESS_PEERS chooses rows: a
-regular expression, such as "ours|FGSM.*TSR at 10".
+regular expression, such as "ours|FGSM.*TSR at 10"; HARNESS_PEERS_SEEDS, 1 to 3, how many seeds:
+with DeepFool inside, ART takes minutes a perturbation (pytest --timeout 0).
 
 Everybody's perturbation is judged as a device receives it: whole pixel levels within the budget, on
 images no attack saw. Gradients are counted by a hook where they pass the logits, one an image and
@@ -301,7 +302,8 @@ def _train(data: Dataset, *, epochs: int) -> ResNet:
 
 
 def test_ours_and_peers(benchmark: BenchmarkFixture, lab: Lab) -> None:
-    runs = SEEDS_AND_TARGETS if benchmark.enabled else SEEDS_AND_TARGETS[:1]
+    n_seeds = int(os.environ.get("HARNESS_PEERS_SEEDS", "3")) if benchmark.enabled else 1
+    runs = SEEDS_AND_TARGETS[:n_seeds]
     only = re.compile(os.environ.get("HARNESS_PEERS", ""))
     # As (eps, whether targeted).
     questions = [(10.0, False), (10.0, True), (4.0, False)][: None if benchmark.enabled else 2]

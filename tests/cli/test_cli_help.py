@@ -313,7 +313,7 @@ def test_what_commands_print_is_what_they_made(run: Run, workspace: Path) -> Non
     out = succeeded(run("export", "--all", cwd=workspace)).out
     assert out.split() == [f"cache/{name}.onnx" for name in PAPER_ORDER]
     out = succeeded(run("craft", "--model", "sfp", "--json", cwd=workspace)).out
-    ends = ("eps4", "eps10", "eps10_t0", "eps10_t1", "eps10_spsa")
+    ends = ("eps4", "eps10", "eps10_t0", "eps10_t1", "eps10_fourier")
     assert json.loads(out) == [f"cache/sfp_{end}.pt" for end in ends]
     out = succeeded(run("craft", "--model", "sfp", "--eps", "4", "--eps", "10", cwd=workspace)).out
     assert out.split() == ["cache/sfp_eps4.pt", "cache/sfp_eps10.pt"]
@@ -340,11 +340,11 @@ def test_another_attack_is_named_in_the_file(run: Run, empty: Path) -> None:
         tasks = json.loads(succeeded(outcome).out)
         return [task["task"] for task in tasks if task["stage"] == "craft"]
 
-    assert crafted("--eps", "10", "--attack", "spsa") == ["craft q4_eps10_spsa"]
+    assert crafted("--eps", "10", "--attack", "fourier") == ["craft q4_eps10_fourier"]
     own = crafted("--eps", "10")
     assert own == ["craft q4_eps10"]
     # What the configuration asks for of a variant has its gradient-free perturbation in it.
-    assert "craft q4_eps10_spsa" in crafted()
-    refused = run("craft", "--control", "random", "--eps", "10", "--attack", "spsa", cwd=empty)
+    assert "craft q4_eps10_fourier" in crafted()
+    refused = run("craft", "--control", "random", "--eps", "10", "--attack", "fourier", cwd=empty)
     assert refused.code == 2
     assert "a control attacks nothing" in refused.err

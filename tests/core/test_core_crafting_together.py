@@ -15,7 +15,7 @@ from core_cases import CPU, IMAGE_SHAPE, split, trained
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial
-from harness.crafting import together
+from harness.crafting import arithmetic, together
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.perturbation import chessboard, random_sign, to_levels
 from harness.crafting.selection import selection_images
@@ -84,7 +84,7 @@ def test_each_is_what_it_would_be_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(together, "IMAGES_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(arithmetic, "IMAGES_AT_ONCE", {"cpu": at_once})
     model = deploy(trained(bits=4 if deploy is integerise else None))
     crafted = craft(model, tmp_path / "p.pt", JOBS, rule)
     for job, found in zip(JOBS, crafted, strict=True):

@@ -11,7 +11,7 @@ import torch
 from core_cases import split, trained
 
 from harness.config import preset_named
-from harness.crafting.spsa import SpsaSettings
+from harness.crafting.waves import FourierSettings
 from harness.models.folded import fold
 from harness.pipeline import craft_pass as craft_pass_module
 from harness.pipeline.context import Context
@@ -54,8 +54,8 @@ def test_an_emulated_one_has_a_sample_beside_everything_here(tmp_path: Path) -> 
 
 
 def test_a_kill_loses_one_search_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, real = context(tmp_path), craft_pass_module.craft_spsa
-    names = [UapName("full", eps, attack="spsa") for eps in (4.0, 8.0, 10.0)]
+    ours, real = context(tmp_path), craft_pass_module.craft_fourier
+    names = [UapName("full", eps, attack="fourier") for eps in (4.0, 8.0, 10.0)]
     begun: list[str] = []
 
     def killed_in_the_third(*arguments: Any, key: str, **options: Any) -> Any:
@@ -64,7 +64,7 @@ def test_a_kill_loses_one_search_at_most(tmp_path: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return real(*arguments, key=key, **options)
 
-    monkeypatch.setattr(craft_pass_module, "craft_spsa", killed_in_the_third)
+    monkeypatch.setattr(craft_pass_module, "craft_fourier", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         craft_pass(
             ours,
@@ -73,7 +73,7 @@ def test_a_kill_loses_one_search_at_most(tmp_path: Path, monkeypatch: pytest.Mon
             members=[(0,)] * 3,
             keys=["a", "b", "c"],
             identities=["id"] * 3,
-            settings=SpsaSettings(epochs=1, pairs=16),
+            settings=FourierSettings(passes=64),
             split=split(32),
             probe=[False] * 3,
             partial=tmp_path / "partial.pt",

@@ -193,7 +193,7 @@ def test_the_search_never_asks_for_a_gradient_and_stays_within_its_budget(judged
         found = load_perturbation(context.workspace.uap(search))
         gradient = load_perturbation(context.workspace.uap(transfer_name(context, name)))
         assert np.abs(found.delta_255).max() <= 10
-        assert found.attack == "spsa"
+        assert found.attack == "fourier"
         assert "probe" not in found.meta
         assert set(gradient.meta["probe"]) >= {"zero_gradient", "own_promised", "random_measured"}
         # A gradient evaluation counts as two forward passes.
