@@ -77,11 +77,11 @@ def masking_group(view: View) -> Group:
             undecided.setdefault(_open(verdict), []).append(verdict.variant.label)
     said += [Sentence(text, f"{listed(who)}: undecided") for text, who in undecided.items()]
     clear = [v for v in verdicts if v.word == "not masked"]
-    for outdone, text in ((True, _clear), (False, _clear_at_the_ceiling)):
+    for outdone in (True, False):
         some = [v for v in clear if (v.signals["gradient_free"].state == "clear") == outdone]
         if some:
             who = listed([v.variant.label for v in some])
-            said.append(Sentence(text(some), f"{who}: not masked"))
+            said.append(Sentence(_clear(some, outdone=outdone), f"{who}: not masked"))
     if masked:
         said.append(
             Sentence(
@@ -120,31 +120,24 @@ def _open(verdict: MaskingVerdict) -> str:
     return text.strip()
 
 
-def _clear(verdicts: list[MaskingVerdict]) -> str:
-    """What was shown, over all of them."""
+def _clear(verdicts: list[MaskingVerdict], *, outdone: bool) -> str:
+    """What was shown, over all of them; `outdone`: also that the search does less."""
     free = [v.signals["gradient_free"] for v in verdicts]
     guide = [v.signals["agreement"] for v in verdicts]
     reach = _span([s.value for s in free])
     own = _span([s.reference for s in free])
     largest = max(s.p or 0.0 for s in free)
-    return (
-        f"All signs were measured and none is raised. A search without gradients, at the same"
-        f" number of forward passes, reaches {reach} where gradients reach {own}, shown to be less"
-        f" for each"
-        f" ({p_value(largest)}{'' if largest < 0.001 else ' at most'}, Holm over"
-        f" {plural(free[0].family, 'test')}); gradients agree with the network to"
-        f" {_plain_span([s.value for s in guide])} (cosine)."
+    family = f"Holm over {plural(free[0].family, 'test')}"
+    shown_to_be = (
+        f"shown to be less for each ({p_value(largest)}{'' if largest < 0.001 else ' at most'},"
+        f" {family})"
+        if outdone
+        else f"no difference shown ({family})"
     )
-
-
-def _clear_at_the_ceiling(verdicts: list[MaskingVerdict]) -> str:
-    """The same where a search without gradients does as much, since there is hardly more to do."""
-    reach = _span([v.signals["gradient_free"].value for v in verdicts])
-    own = _span([v.signals["gradient_free"].reference for v in verdicts])
     return (
-        f"All signs were measured and none is raised. The white-box UER, {own}, is near the highest"
-        f" possible, so little can be hidden behind it; a search without gradients reaches {reach},"
-        f" no difference shown."
+        "All signs were measured and none is raised. Gradients agree with the network to"
+        f" {_plain_span([s.value for s in guide])} (cosine). A search without gradients, with no"
+        f" more forward passes, reaches {reach} where gradients reach {own}, {shown_to_be}."
     )
 
 

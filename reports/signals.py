@@ -209,23 +209,32 @@ def _judge(
     free: tuple[Kind, ...] = ("gradient_free",) if "gradient_free" in raised else ()
     if bad_gradients and (free or beaten):
         return "masked", (*free, *bad_gradients, *beaten)
-    control = signals["control"]
-    # Hardly better than a pattern: bounded, not merely unshown.
-    no_better = control.value is not None and own_high < control.value + EQUIVALENT
-    if "no_gradient" in raised and control.state == "unclear" and no_better and not near_ceiling:
-        return "masked", ("no_gradient", "control")
+    # Gradients that lead nowhere, and an attack that does no more than what takes none.
+    no_use: tuple[tuple[Kind, bool], ...] = (
+        ("gradient_free", bool(bad_gradients)),
+        ("control", "no_gradient" in raised),
+    )
+    for kind, bad in no_use:
+        if bad and not near_ceiling and _no_better(own_high, signals[kind]):
+            return "masked", (kind, *bad_gradients)
     if raised:
         return "undecided", tuple(raised)
-    # Where next to nothing is left to do, that others do as much takes nothing from it.
-    even: tuple[Kind, ...] = ("gradient_free", "control") if near_ceiling else ()
+    # A search that does as much as gradients that lead where they promise, and that do more than
+    # the controls, takes nothing from them; nor does a control where next to nothing is left to do.
+    even: tuple[Kind, ...] = ("gradient_free", *(("control",) if near_ceiling else ()))
     open_questions = tuple(
         kind
         for kind in KINDS
-        if signals[kind].state != "clear" and not (kind in even and signals[kind].state == "unclear")
+        if signals[kind].state not in ("clear", "unclear" if kind in even else "clear")
     )
     if open_questions:
         return "undecided", open_questions
     return "not masked", ("gradient_free",)
+
+
+def _no_better(own_high: float, other: Signal) -> bool:
+    """Bounded, not merely unshown."""
+    return other.state == "unclear" and own_high < (other.value or 0.0) + EQUIVALENT
 
 
 # --- the signals ---------------------------------------------------------------------------------
