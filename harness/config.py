@@ -6,14 +6,13 @@ is built. Unknown keys and wrong types are errors that name the key.
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from harness.config_rules import check
-from harness.overlay import overlay, toml_value
+from harness.overlay import overlay
 from harness.records import UsageError
 
 REFERENCE_EPS_255 = 10.0
@@ -42,6 +41,7 @@ class TrainConfig:
     zero takes part at full strength within a step. Long schedules get over that; short ones need
     a larger value for soft filter pruning to settle (docs/adr/0004)."""
     sfp_keep: float = 0.9
+    """Share of filters that soft filter pruning keeps."""
     sfp_coupling: str = "layer"
     """`layer`: every layer zeroes its own weakest filters (the paper); `stage`: one set of channels
     for all layers of a stage, another algorithm, whose block outputs can be cut too."""
@@ -50,7 +50,9 @@ class TrainConfig:
     the other methods do, so that what differs is the method and not the seed (the audit)."""
     mixup_alpha: float = 1.0
     cutout_size: int = 16
+    """Side of the square that variant sfp_cutout blanks, in pixels."""
     pp_keep: float = 0.7
+    """Share of channels that post-training pruning keeps."""
     pp_granularity: str = "channel"
     """`channel`: can be slimmed; `unit`: the authors' mask on single activations, cannot."""
     pp_epochs: int = 20
@@ -74,6 +76,7 @@ class CraftConfig:
     targets: str | tuple[int, ...] = "all"
     """Target classes: `all`, or a list of class indices; an empty list for none."""
     attack_images: int = 50_000
+    """Training images that are crafted on."""
     epochs: int = 10
     batch_size: int = 500
     step: float = 0.2
@@ -141,7 +144,9 @@ class LatencyConfig:
     """Batch-1 latency. `quick` is labelled not comparable; `off` measures none."""
 
     mode: str = "full"
+    """`full`: the whole protocol, minutes a model; `quick`: not to be compared; `off`: none."""
     threads: int = 1
+    """Intra-op threads of onnxruntime while it is timed."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +154,20 @@ class Config:
     """One experiment. A workspace holds exactly one."""
 
     dataset: str = "digits"
+    """`digits`, `cifar10`, `svhn`, a FILE.npz, or a folder of class folders."""
     arch: str = "resnet18"
+    """`resnet18` or `resnet20`."""
     width: int = 64
+    """Channels of the first stage; 64 is the paper's."""
     preset: str = "paper"
+    """What keys left out here are taken from."""
     protocol: str = "clean"
+    """`clean`: crafted on training images, in eval mode, in whole pixel levels; `paper`: as the
+    authors did, evaluation images included."""
     attack: str = "sgd"
+    """`momentum`: the strongest here; `sgd`: the paper's; `fourier`: without gradients."""
     seed: int = 0
+    """Of everything that is drawn."""
     train: TrainConfig = field(default_factory=TrainConfig)
     craft: CraftConfig = field(default_factory=CraftConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -262,7 +275,7 @@ PRESETS = {
 }
 
 
-# --- reading and writing -------------------------------------------------------------------------
+# --- reading -----------------------------------------------------------------------------------
 
 
 def load_config(path: Path) -> Config:
@@ -296,20 +309,3 @@ def config_from_dict(values: dict[str, Any], *, where: str = "harness.toml") -> 
     assert isinstance(config, Config)
     check(config, where)
     return config
-
-
-def to_toml(config: Config) -> str:
-    """The whole configuration as commented TOML that `load_config` reads back unchanged."""
-    lines = [
-        "# One experiment. Change a value and `harness run` rebuilds only what depends on it.",
-        "# Units: eps in 1/255; rates as fractions. What each key means: harness/config.py.",
-    ]
-    tables: list[str] = []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            tables += ["", f"[{item.name}]"]
-            tables += [f"{f.name} = {toml_value(getattr(value, f.name))}" for f in fields(value)]
-        else:
-            lines.append(f"{item.name} = {toml_value(value)}")
-    return "\n".join(lines + tables) + "\n"

@@ -11,14 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.config import (
-    PRESETS,
-    Config,
-    config_from_dict,
-    load_config,
-    preset_named,
-    to_toml,
-)
+from harness.config import PRESETS, Config, config_from_dict, load_config, preset_named
+from harness.config_toml import to_toml
 from harness.records import UsageError
 
 
@@ -46,6 +40,16 @@ def test_a_preset_is_read_back_unchanged(tmp_path: Path, preset: str, dataset: s
     path = tmp_path / "harness.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert load_config(path) == config
+
+
+def test_keys_are_written_with_what_they_mean() -> None:
+    lines = to_toml(preset_named("quickstart")).splitlines()
+    assert max(map(len, lines)) <= 100
+    beta = lines.index("beta = 8.0")
+    assert lines[beta - 1] == (
+        "# Each sample's loss is clamped here, so that no single image dominates."
+    )
+    assert lines[lines.index('protocol = "clean"') - 1].startswith("# ")
 
 
 positive = st.floats(1e-6, 1e6)
