@@ -106,7 +106,7 @@ def check(config: Config, where: str) -> None:
     need(0 < craft.momentum < 1, "craft.momentum", craft.momentum, "in (0, 1)")
     need(craft.step > 0, "craft.step", craft.step, "above 0")
     need(craft.beta > 0, "craft.beta", craft.beta, "above 0")
-    need(config.export.align >= 1, "export.align", config.export.align, "at least 1")
+    need(1 <= config.export.align <= 1024, "export.align", config.export.align, "from 1 to 1024")
     need(config.eval.images >= 0, "eval.images", config.eval.images, "at least 0 (0: all)")
     device_images = config.eval.device_images
     need(device_images >= 0, "eval.device_images", device_images, "at least 0 (0: all)")

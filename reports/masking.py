@@ -148,8 +148,8 @@ def signal_text(signal: Signal) -> str:
     test = f"{p_value(p)}, Holm over {plural(signal.family, 'test')}"
     between = interval(signal.low, signal.high)
     texts: dict[Kind, str] = {
-        "gradient_free": f"a search without gradients makes it err on {value}, its own gradient"
-        f" attack on {reference} ({shown(p)}{test})",
+        "gradient_free": f"a search without gradients{f', {other},' if other else ''} makes it err"
+        f" on {value}, its own attack on {reference} ({shown(p)}{test})",
         "transfer": f"the perturbation crafted on {label_of(other)} makes it err on {value}, its"
         f" own on {reference} ({shown(p)}{test})",
         "control": f"the {label_of(other)} control, which attacks no model, makes it err on"

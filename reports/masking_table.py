@@ -56,7 +56,8 @@ def _cells(verdict: MaskingVerdict) -> tuple[str, ...]:
 def _compared(signal: Signal) -> str:
     if signal.value is None or signal.p is None:
         return DASH
-    named = f"{label_of(signal.other)}, " if signal.kind != "gradient_free" else ""
+    named = signal.other if signal.kind == "gradient_free" else label_of(signal.other)
+    named += ", " if named else ""
     test = p_value(signal.p) + ("" if signal.p < ALPHA else ", not shown")
     return f"{percent(signal.value)} ({named}{test})"
 

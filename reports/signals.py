@@ -59,7 +59,7 @@ class Signal:
     low: float | None = None
     high: float | None = None
     other: str = ""
-    """Source or control it is about; for `monotone`, the two budgets."""
+    """Source or control it is about; for `gradient_free` the wave, for `monotone` the budgets."""
     p: float | None = None
     """Adjusted."""
     family: int = 1
@@ -133,7 +133,8 @@ def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
             if name in variant.attacked
         ]
         if variant.gradient_free is not None:
-            others.append(("gradient_free", variant.name, variant.gradient_free))
+            found_by = _wave_of(view, variant.gradient_free)
+            others.append(("gradient_free", found_by, variant.gradient_free))
         tests += [
             (variant, _Test(kind, name, row, own, compare(view, row, own)))
             for kind, name, row in others
@@ -144,6 +145,16 @@ def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
     for (variant, test), p in zip(tests, adjusted, strict=True):
         found[variant.name].tests.append((test, p))
     return found
+
+
+def _wave_of(view: View, row: ResultRow) -> str:
+    """The wave that a search without gradients ended with, in periods; else nothing."""
+    uap = view.uaps.get(row.uap_sha256 or "")
+    wave = uap.meta.get("wave") if uap else None
+    periods = [wave.get(key) for key in ("across", "down")] if isinstance(wave, dict) else []
+    if not periods or not all(isinstance(n, int) for n in periods):
+        return ""
+    return f"a wave of {periods[0]} \u00d7 {periods[1]} periods".replace("-", "\u2212")
 
 
 def _falls(view: View, variants: list[VariantView]) -> dict[str, Signal]:
