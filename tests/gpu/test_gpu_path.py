@@ -16,6 +16,7 @@ from harness.config import preset_named
 from harness.crafting.perturbation import random_sign, to_levels
 from harness.crafting.sgd import SgdSettings, craft_sgd
 from harness.crafting.together import Request
+from harness.crafting.waves import FourierSettings, craft_fourier
 from harness.data.dataset import Dataset, Split, load_dataset
 from harness.inference import predict
 from harness.models import kernels
@@ -191,3 +192,29 @@ def test_crafting_on_cuda_beats_random_sign(data: Dataset, full: ResNet, tmp_pat
     attacked = predict(model, split.images, uap, device=CUDA)
     under_control = predict(model, split.images, control, device=CUDA)
     assert accuracy(attacked, split) < accuracy(under_control, split) - 0.2
+
+
+def test_a_wave_found_on_cuda_does_what_one_found_on_a_cpu_does(
+    data: Dataset, full: ResNet, tmp_path: Path
+) -> None:
+    model, split = deployed_form(full.to(CPU)), data.evaluation
+    rates = []
+    for device in (CPU, CUDA):
+        found = craft_fourier(
+            [model.to(device)],
+            data.attack,
+            eps=10.0,
+            target=None,
+            seed=0,
+            settings=FourierSettings(passes=1_500),
+            key=str(device),
+            partial=tmp_path / f"{device.type}.pt",
+            device=device,
+            progress=lambda _forwards: None,
+        )
+        assert found.found.forwards <= 1_500
+        uap = to_levels(found.delta_255, eps=10.0)
+        rates.append(accuracy(predict(model, split.images, uap, device=device), split))
+    control = to_levels(random_sign(uap.shape, eps=10.0, seed=1), eps=10.0)
+    assert max(rates) < accuracy(predict(model, split.images, control, device=CUDA), split) - 0.2
+    assert abs(rates[0] - rates[1]) < 0.1
