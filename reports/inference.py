@@ -8,11 +8,13 @@ are averaged; of samples, all images by PyTorch less what a device may differ on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from harness import metrics
 from harness.bootstrap import difference
@@ -27,6 +29,8 @@ MARGIN = 0.05
 """Five points: a smaller difference, however well shown, changes no one's choice of a method."""
 ROUNDING = 1e-9
 """Rates of whole counts that differ by the margin do so but for this."""
+Z = 1.959964
+"""Of a two-sided 95 % interval."""
 NEAR_CEILING = 0.95
 """Share of the highest possible UER from which attacks can no longer be told apart."""
 
@@ -145,6 +149,36 @@ class Difference:
 
     value: float
     p: float
+
+
+def paired_interval(view: View, first: ResultRow, second: ResultRow) -> tuple[float, float]:
+    """95 % interval of a difference of UERs, over the images both saw; crafting seeds averaged."""
+    labels = np.asarray(view.evaluation.labels, dtype=np.int64)
+    seen = np.ones(labels.size, dtype=bool)
+    wrong = []
+    for row in (first, second):
+        runs = [view.predictions(repeat) for repeat in view.repeats(row)]
+        known = [run for run in runs if run is not None]
+        for run in known:
+            seen &= run != UNSEEN
+        wrong.append(np.mean([run != labels for run in known], axis=0) if known else None)
+    one, other = wrong
+    if one is None or other is None or not seen.any():
+        return -1.0, 1.0
+    return mean_interval(one[seen] - other[seen])
+
+
+def mean_interval(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of a mean of paired differences, each in [-1, 1] (Agresti and Min 2005).
+
+    One discordant pair, half of it either way, and one concordant pair are added: without them a
+    set that holds no difference would have an interval of no width.
+    """
+    n = differences.size + 2
+    mean = float(differences.sum()) / n
+    variance = (float(np.square(differences).sum()) + 1) / n - mean**2
+    half = Z * math.sqrt(variance / n)
+    return max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def compare(view: View, first: ResultRow, second: ResultRow) -> Difference:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reports.inference import ALPHA
-from reports.signals import Kind, MaskingVerdict, Signal, masking_verdicts
+from reports.masking_rules import Kind, Signal
+from reports.signals import MaskingVerdict, masking_verdicts
 from reports.view import View
 from reports.words import DASH, interval, label_of, listed, p_value, percent, plural
 
@@ -50,9 +51,9 @@ OTHER_EXPLANATIONS: dict[Kind, str] = {
     " under-optimised",
     "transfer": "its own attack may be under-optimised, or the source shares its weights",
     "control": "its own attack may be under-optimised",
-    "no_gradient": "the attack works all the same",
-    "slope": "the attack works all the same",
-    "agreement": "the attack works all the same",
+    "no_gradient": "nothing that takes no gradient is shown to do more",
+    "slope": "nothing that takes no gradient is shown to do more",
+    "agreement": "nothing that takes no gradient is shown to do more",
     "random": "the budget may be too small to do harm",
     "monotone": "the attack at the larger budget may have been unlucky",
     "saturated": "confident mistakes saturate the loss too",
@@ -94,9 +95,25 @@ def masking_group(view: View) -> Group:
 
 
 def _because(verdict: MaskingVerdict) -> str:
-    reasons = [signal_text(verdict.signals[kind]) for kind in verdict.because]
+    reasons = []
+    for kind in verdict.because:
+        signal = verdict.signals[kind]
+        no_more = signal.state == "unclear"
+        reasons.append(_no_more(verdict, signal) if no_more else signal_text(signal))
     text = "; ".join(reasons)
     return text[0].upper() + text[1:]
+
+
+def _no_more(verdict: MaskingVerdict, signal: Signal) -> str:
+    """The own attack is bounded: within `EQUIVALENT` of what takes no gradient."""
+    what = {"gradient_free": "a search without gradients"}.get(
+        signal.kind, f"the {label_of(signal.other)} control"
+    )
+    own = f"its own attack ends with {_PATTERNS[verdict.pattern]} and" if verdict.pattern else ""
+    return (
+        f"{own or 'its own attack'} makes it err on {percent(signal.reference)}, less than five"
+        f" points more than {what} ({percent(signal.value)})"
+    )
 
 
 def _open(verdict: MaskingVerdict) -> str:
@@ -108,13 +125,18 @@ def _open(verdict: MaskingVerdict) -> str:
         text = "; ".join(reasons)
         text = f"{text[0].upper()}{text[1:]}."
     else:
-        missing = [k for k in verdict.because if verdict.signals[k].state == "not measured"]
         unclear = [k for k in verdict.because if verdict.signals[k].state == "unclear"]
         if unclear:
             text = "; ".join(signal_text(verdict.signals[kind]) for kind in unclear)
             text = f"{text[0].upper()}{text[1:]}."
-        if missing:
-            text += f" Not measured: {listed([CHECKS[kind] for kind in missing])}."
+    if verdict.pattern:
+        text += (
+            f" Its own perturbation is {_PATTERNS[verdict.pattern]}, which no gradient made: it did"
+            " more than what gradients led to."
+        )
+    missing = [kind for kind, s in verdict.signals.items() if s.state == "not measured"]
+    if missing:
+        text += f" Not measured: {listed([CHECKS[kind] for kind in missing])}."
     if verdict.near_ceiling:
         text += " The white-box UER is near the highest possible: little can be hidden behind it."
     return text.strip()
@@ -132,7 +154,7 @@ def _clear(verdicts: list[MaskingVerdict], *, outdone: bool) -> str:
         f"shown to be less for each ({p_value(largest)}{'' if largest < 0.001 else ' at most'},"
         f" {family})"
         if outdone
-        else f"no difference shown ({family})"
+        else f"no difference shown ({family}), and by less than five points more"
     )
     return (
         "All signs were measured and none is raised. Gradients agree with the network to"
@@ -177,6 +199,7 @@ def short_verdict(verdict: MaskingVerdict) -> str:
     return f"masking undecided: {listed([_SHORT[s.kind] for s in raised])}" if raised else ""
 
 
+_PATTERNS = {"wave": "a wave", "chessboard": "a chessboard", "start": "its random start"}
 _SHORT: dict[Kind, str] = {
     "gradient_free": "beaten without gradients",
     "transfer": "a transfer does more",

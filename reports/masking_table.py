@@ -15,9 +15,10 @@ from harness.seeds import key_of
 from harness.store import Store
 from reports.inference import ALPHA
 from reports.masking import number
+from reports.masking_rules import Signal
 from reports.method import TextTable
 from reports.portable import portable
-from reports.signals import MaskingVerdict, Signal, masking_verdicts
+from reports.signals import MaskingVerdict, masking_verdicts
 from reports.view import View
 from reports.words import DASH, interval, label_of, p_value, percent
 
@@ -78,6 +79,7 @@ def masking_json(view: View) -> list[dict[str, Any]]:
             "masking": verdict.word,
             "because": list(verdict.because),
             "near_ceiling": verdict.near_ceiling,
+            "pattern": verdict.pattern or None,
             "eps": view.reference_eps,
             "signals": {
                 kind: {

@@ -2,8 +2,8 @@
 
 Enters: a `View`. Leaves: for every variant its signals with their numbers, and one of three words.
 Every comparison between perturbations is a paired test; all of them, over all variants, are one
-Holm family, so that at most one report in twenty calls anything masked by chance. Why the rules
-are as they are, and what they miss: docs/adr/0010.
+Holm family. Probes are not in it: they have to agree with a comparison before anything is called
+masked. The rules: `reports.masking_rules`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
 
 from harness import metrics
 from harness.bootstrap import Estimate
@@ -23,8 +22,10 @@ from reports.inference import (
     adjusted_apart,
     compare,
     near_ceiling,
+    paired_interval,
     rate_of,
 )
+from reports.masking_rules import Kind, Signal, State, Word, judge
 from reports.probes import Probed, probe_of
 from reports.view import VariantView, View
 
@@ -33,37 +34,7 @@ MOSTLY = 0.5
 MIN_AGREEMENT = 0.2
 """Gradients whose promises agree less than this with the network are no guide."""
 MIN_GAIN_OVER_RANDOM = 3.0
-EQUIVALENT = 0.05
-"""An attack bounded below a control's rate plus this does no more than the control."""
-
-State = Literal["raised", "clear", "unclear", "not measured"]
-Word = Literal["masked", "not masked", "undecided"]
-Kind = Literal[
-    "gradient_free", "transfer", "control", "no_gradient", "slope", "agreement", "random",
-    "monotone", "saturated",
-]  # fmt: skip
-KINDS: tuple[Kind, ...] = (
-    "gradient_free", "transfer", "control", "no_gradient", "slope", "agreement", "random",
-    "monotone", "saturated",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One sign and its numbers. What `value` and `reference` are depends on `kind`."""
-
-    kind: Kind
-    state: State
-    value: float | None = None
-    reference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    other: str = ""
-    """Source or control it is about; for `gradient_free` the wave, for `monotone` the budgets."""
-    p: float | None = None
-    """Adjusted."""
-    family: int = 1
-    """How many tests it was adjusted over."""
+PATTERNS = ("wave", "chessboard", "start")
 
 
 @dataclass(frozen=True)
@@ -76,6 +47,8 @@ class MaskingVerdict:
     because: tuple[Kind, ...]
     """The signals that decided; for `undecided`, those that stand in the way."""
     near_ceiling: bool = False
+    pattern: str = ""
+    """What the own perturbation is where no gradient made it: `wave`, `chessboard`, `start`."""
 
     def raised(self) -> list[Signal]:
         return [signal for signal in self.signals.values() if signal.state == "raised"]
@@ -88,6 +61,8 @@ class _Test:
     row: ResultRow
     own: ResultRow
     found: Difference
+    interval: tuple[float, float]
+    """Of the difference; not adjusted."""
 
 
 @dataclass
@@ -136,7 +111,12 @@ def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
             found_by = _wave_of(view, variant.gradient_free)
             others.append(("gradient_free", found_by, variant.gradient_free))
         tests += [
-            (variant, _Test(kind, name, row, own, compare(view, row, own)))
+            (
+                variant,
+                _Test(
+                    kind, name, row, own, compare(view, row, own), paired_interval(view, row, own)
+                ),
+            )
             for kind, name, row in others
         ]
     adjusted = adjusted_apart([v for v, _ in tests], [test.found.p for _, test in tests])
@@ -204,48 +184,16 @@ def _verdict(view: View, variant: VariantView, tested: _Tested, falls: Signal) -
         "saturated": _saturated(view, own),
     }
     near = near_ceiling(view, rate_of(own))
-    high = own.uer_high if own.uer_high is not None else 1.0
-    word, because = _judge(signals, own_high=high, near_ceiling=near)
-    return MaskingVerdict(variant, word, signals, because, near_ceiling=near)
+    pattern = _pattern(view, own)
+    word, because = judge(signals, near_ceiling=near, pattern=bool(pattern))
+    return MaskingVerdict(variant, word, signals, because, near_ceiling=near, pattern=pattern)
 
 
-def _judge(
-    signals: dict[Kind, Signal], *, own_high: float, near_ceiling: bool
-) -> tuple[Word, tuple[Kind, ...]]:
-    """The rules of docs/adr/0010, in order; `own_high` bounds the own UER from above."""
-    raised = [kind for kind in KINDS if signals[kind].state == "raised"]
-    no_guide: tuple[Kind, ...] = ("no_gradient", "slope", "agreement")
-    bad_gradients = [kind for kind in no_guide if kind in raised]
-    beaten = [kind for kind in raised if kind in ("transfer", "control")]
-    free: tuple[Kind, ...] = ("gradient_free",) if "gradient_free" in raised else ()
-    if bad_gradients and (free or beaten):
-        return "masked", (*free, *bad_gradients, *beaten)
-    # Gradients that lead nowhere, and an attack that does no more than what takes none.
-    no_use: tuple[tuple[Kind, bool], ...] = (
-        ("gradient_free", bool(bad_gradients)),
-        ("control", "no_gradient" in raised),
-    )
-    for kind, bad in no_use:
-        if bad and not near_ceiling and _no_better(own_high, signals[kind]):
-            return "masked", (kind, *bad_gradients)
-    if raised:
-        return "undecided", tuple(raised)
-    # A search that does as much as gradients that lead where they promise, and that do more than
-    # the controls, takes nothing from them; nor does a control where next to nothing is left to do.
-    even: tuple[Kind, ...] = ("gradient_free", *(("control",) if near_ceiling else ()))
-    open_questions = tuple(
-        kind
-        for kind in KINDS
-        if signals[kind].state not in ("clear", "unclear" if kind in even else "clear")
-    )
-    if open_questions:
-        return "undecided", open_questions
-    return "not masked", ("gradient_free",)
-
-
-def _no_better(own_high: float, other: Signal) -> bool:
-    """Bounded, not merely unshown."""
-    return other.state == "unclear" and own_high < (other.value or 0.0) + EQUIVALENT
+def _pattern(view: View, own: ResultRow) -> str:
+    """The pattern that a gradient attack ended with, as it did more than where gradients led."""
+    uap = view.uaps.get(own.uap_sha256 or "")
+    chosen = uap.meta.get("chosen") if uap else None
+    return chosen if chosen in PATTERNS else ""
 
 
 # --- the signals ---------------------------------------------------------------------------------
@@ -287,7 +235,8 @@ def _control(tested: _Tested) -> Signal:
 
 def _of_test(kind: Kind, state: State, test: _Test, p: float, family: int) -> Signal:
     own, other = rate_of(test.own), rate_of(test.row)
-    return Signal(kind, state, other, own, other=test.other, p=p, family=family)
+    low, high = test.interval
+    return Signal(kind, state, other, own, low, high, other=test.other, p=p, family=family)
 
 
 def _no_gradient(probe: Probed | None) -> Signal:

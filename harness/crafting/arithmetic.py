@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from harness.models.folded import FoldedResNet
 from harness.models.fused import FusedResNet, can_fuse
 from harness.models.integer import IntegerResNet
 
+T = TypeVar("T")
 Function = Callable[[Tensor], Tensor]
 """Pixels float32 [N, C, H, W] -> logits float32 [N, classes], differentiable in the pixels."""
 
@@ -32,6 +34,35 @@ def images_at_once(images: Tensor) -> int:
     """How many images like these, [N, C, H, W], one call of a network should have."""
     limit = IMAGES_AT_ONCE.get(images.device.type, IMAGES_AT_ONCE["cpu"])
     return max(1, limit * PIXEL_VALUES // max(PIXEL_VALUES, images[0].numel()))
+
+
+def in_parts(total: int, at_once: int, work: Callable[[slice], T]) -> list[T]:
+    """The work on `total` things, so many at once; fewer where a GPU has less memory.
+
+    Raises:
+        torch.OutOfMemoryError: even one at a time is too much.
+    """
+    done: list[T] = []
+    first, at_once = 0, max(1, at_once)
+    while first < total:
+        part = slice(first, min(first + at_once, total))
+        try:
+            done.append(work(part))
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+            torch.cuda.empty_cache()
+            continue
+        first = part.stop
+    return done
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit minus the label's, [N]: positive where the prediction is another."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.amax(dim=1) - own[:, 0]
 
 
 @contextlib.contextmanager

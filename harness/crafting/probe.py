@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.crafting.waves import margin
+from harness.crafting.arithmetic import margin
 from harness.data.dataset import Split
 
 IMAGES = 64

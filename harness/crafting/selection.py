@@ -1,4 +1,4 @@
-"""Choosing among candidates: several starts of an optimiser, and patterns nobody optimised.
+"""Choosing among candidates: several starts of an optimiser, and patterns that no gradient made.
 
 Enters: perturbations of one request, a part of the attack images. Leaves: the best of them there,
 judged as a device receives it: whole levels added to 8-bit images. Images of the evaluation never
@@ -66,7 +66,7 @@ def select(
         images: uint8 [N, C, H, W], the attack images.
         labels: int64 [N], the true classes, or the target class where targeted.
         iterates: float32 [C, H, W] each, in pixel levels: the last one of every start.
-        patterns: candidates that nobody optimised, by name, +-1 [C, H, W]: they take the whole
+        patterns: candidates that no gradient made, by name, +-1 [C, H, W]: they take the whole
             budget, and with them the result is whole levels.
         eps: the budget in pixel levels.
         targeted: whether success is the label predicted, not another one.

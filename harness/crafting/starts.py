@@ -1,7 +1,7 @@
-"""What chance decides while perturbations are crafted: their starts and their orders of images.
+"""What perturbations that are crafted together each have of their own: start, order, labels.
 
-Enters: seeds, one a perturbation. Leaves: random signs, and an order for every epoch; each depends
-on nothing but its own seed, whatever is crafted beside it.
+Enters: a seed and a target class, or none, for each. Leaves: random signs, an order of the images
+for every epoch, the classes its loss is of. None depends on what is crafted beside it.
 """
 
 from __future__ import annotations
@@ -26,3 +26,12 @@ def orders(seeds: Sequence[int], n: int, *, epoch: int, shuffle: bool) -> Tensor
         return torch.arange(n).expand(len(seeds), -1)
     found = [np.random.default_rng((seed, epoch)).permutation(n) for seed in seeds]
     return torch.from_numpy(np.stack(found))
+
+
+def wanted(labels: np.ndarray, targets: Sequence[int | None]) -> Tensor:
+    """The class each perturbation's loss is of, int64 [K, n]: the label, or its own target."""
+    found = torch.from_numpy(labels).expand(len(targets), -1).clone()
+    for k, target in enumerate(targets):
+        if target is not None:
+            found[k] = target
+    return found

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial, write_partial
-from harness.crafting.arithmetic import Function, crafted_on, images_at_once
+from harness.crafting.arithmetic import Function, crafted_on, images_at_once, in_parts
 from harness.crafting.perturbation import chessboard
 from harness.crafting.seen import Seen
 from harness.crafting.selection import (
@@ -42,11 +43,13 @@ from harness.crafting.selection import (
     select,
     selection_cost,
 )
-from harness.crafting.starts import orders, start_signs
-from harness.crafting.waves import TINY, Wave, find_wave
+from harness.crafting.starts import orders, start_signs, wanted
+from harness.crafting.waves import Wave, find_wave
 from harness.data.dataset import Split
 
 SAVE_INTERVAL_SECONDS = 5.0
+
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -158,24 +161,26 @@ def craft_together(
     Returns:
         One perturbation a job: whole levels where the rule has a selection, else as it comes.
     """
-    if rule.restarts > 1 and not rule.selection:
-        raise ValueError("restarts need images to choose among them")
+    if (rule.restarts > 1 or rule.waves) and not rule.selection:
+        raise ValueError("restarts and waves need images to choose among them")
     networks = list(model) if isinstance(model, nn.ModuleList) else [model]
     n, starts = len(split), _starts(jobs, rule)
     images = torch.from_numpy(split.images).to(device)  # uint8, resident
-    labels = _labels(split, starts).to(device)  # [K, n], K starts of all jobs
+    targets = [start.request.target for start in starts]
+    labels = wanted(split.labels, targets).to(device)  # [K, n], K starts of all jobs
     # What is selected is whole levels: more of a budget than those cannot be deployed.
     budgets = [_budget(start.request, rule) for start in starts]
     eps = torch.tensor(budgets, device=device).view(-1, 1, 1, 1)
-    direction = torch.tensor([1.0 if s.request.target is None else -1.0 for s in starts])
+    direction = torch.tensor([1.0 if target is None else -1.0 for target in targets])
     direction = direction.view(-1, 1, 1, 1).to(device)
     signs = start_signs([start.seed for start in starts], _shape(split)).to(device)
     delta, velocity = signs * (eps / 2), torch.zeros_like(signs)
     seen = Seen(len(starts), device)
-    at_step, waves = 0, list[Wave]()
+    at_step, waves, searching = 0, list[Wave](), dict[str, Any]()
     saved = read_partial(partial, key=key)
     if saved is not None:
         waves = [Wave(*values) for values in saved.get("waves", ())]
+        searching = saved.get("searching", {})
         at_step, delta = int(saved["step"]), saved["delta"].to(device)
         velocity = saved["velocity"].to(device)
         seen.restore(saved["seen"])
@@ -193,8 +198,14 @@ def craft_together(
         if time.monotonic() - last_save > SAVE_INTERVAL_SECONDS:
             state = {"step": step, "delta": delta.cpu(), "velocity": velocity.cpu()}
             state |= {"seen": seen.state(), "waves": [astuple(wave) for wave in waves]}
+            state |= {"searching": searching}
             write_partial(partial, key=key, state=state)
             last_save = time.monotonic()
+
+    def keep(state: dict[str, Any]) -> None:
+        nonlocal searching
+        searching = state
+        save(at_step)
 
     with crafted_on(networks, batch_statistics=rule.batch_statistics, device=device) as functions:
         for job in jobs[len(waves) :] if rule.waves else ():
@@ -206,9 +217,12 @@ def craft_together(
                 targeted=job.request.target is not None,
                 seed=job.seed,
                 passes=rule.waves,
+                progress=lambda forwards: progress(forwards // 2),
+                saved=searching or None,
+                save=keep,
             )
-            progress(math.ceil(found_wave.forwards / 2))
             waves.append(found_wave.wave)
+            searching = {}
             save(at_step)
         for t in range(at_step, steps):
             epoch, within = divmod(t, per_epoch)
@@ -308,21 +322,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient [K, C, H, W] of each mean clamped loss, that loss [K], samples beyond beta [K])."""
     K, B = batch.shape
-    at_once = 1 if rule.batch_statistics else max(1, images_at_once(images) // B)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    first = 0
-    while first < K:
-        chunk = slice(first, min(first + at_once, K))
-        try:
-            parts.append(_of_chunk(logits_of, images[batch[chunk]], y[chunk], delta[chunk], rule))
-        except torch.OutOfMemoryError:  # of a GPU with less memory: fewer at once, the same result
-            if at_once == 1:
-                raise
-            at_once //= 2
-            torch.cuda.empty_cache()
-            continue
-        first = chunk.stop
-    gradients, losses, overs = zip(*parts, strict=True)
+    at_once = 1 if rule.batch_statistics else images_at_once(images) // B
+
+    def of_some(k: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return _of_chunk(logits_of, images[batch[k]], y[k], delta[k], rule)
+
+    gradients, losses, overs = zip(*in_parts(K, at_once, of_some), strict=True)
     return torch.cat(gradients), torch.cat(losses), torch.cat(overs)
 
 
@@ -337,11 +342,3 @@ def _of_chunk(
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     over = (per_sample.detach() > rule.beta).float().sum(dim=1)
     return gradient, loss.detach(), over
-
-
-def _labels(split: Split, jobs: Sequence[Job]) -> Tensor:
-    labels = torch.from_numpy(split.labels).expand(len(jobs), -1).clone()
-    for k, job in enumerate(jobs):
-        if job.request.target is not None:
-            labels[k] = job.request.target
-    return labels

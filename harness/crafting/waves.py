@@ -11,8 +11,8 @@ is one pixel up, one pixel down, which in both directions is the chessboard. Eac
 two phases a quarter of a period apart, and either sign.
 
 Which frequency is found by sequential halving (Karnin, Koren, Somekh, ICML 2013): every round has
-the same number of passes, asks all that are left about images they have not seen, its four waves in
-turn, and keeps the better half. They are compared by the mean of tanh(margin / its typical size):
+the same number of passes, asks all that are left about the next images, their four waves in turn,
+and keeps the better half. They are compared by the mean of tanh(margin / its typical size):
 that has no scale, so a network whose logits are blown up until its softmax has no slope hides
 nothing from it. The last round is of the four waves of the one that is left.
 
@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial, write_partial
-from harness.crafting.arithmetic import Function, crafted_on, images_at_once
+from harness.crafting.arithmetic import Function, crafted_on, images_at_once, in_parts, margin
 from harness.data.splits import Split
 
 PHASES = (1 / 3, 1 / 3 + math.pi / 2)
 """Not a fraction of a turn: no cosine of a whole number of pixels is zero, so none has no sign."""
-VARIANTS = tuple((phase, sign) for phase in PHASES for sign in (1, -1))
+FORMS = tuple((phase, sign) for phase in PHASES for sign in (1, -1))
+"""The waves of one frequency."""
 MOST_PASSES = 2**15
 """Of one search. More tell apart only waves that do the same."""
 FIRST_IMAGES = 2
@@ -168,7 +169,8 @@ def find_wave(
         labels: int64 [n], the true classes, or the target class where targeted.
         eps: the budget in pixel levels; of one that is not whole, what can be deployed is used.
         targeted: whether success is the label predicted, not another one.
-        seed: of the order of images, and of which frequencies are tried where not all can be.
+        seed: of the order of images. Which frequencies are tried, where not all can be, is the same
+            for all seeds and budgets: else a curve over budgets would show the luck of a draw.
         passes: forward passes to spend; beyond `MOST_PASSES` none is.
         progress: told of forward passes as they are made.
         saved: what `save` was given last, to go on from there.
@@ -181,24 +183,24 @@ def find_wave(
     known = frequencies(shape)
     plan = rounds(len(known), passes, n)
     first = plan[0][0] if plan else 1
-    left = sorted(int(i) for i in rng.permutation(len(known))[:first])
+    left = sorted(int(i) for i in np.random.default_rng(0).permutation(len(known))[:first])
     sums, seen, scale, forwards = np.zeros(len(known)), 0, 0.0, 0
     if saved is not None:
         left, seen, scale = list(saved["left"]), int(saved["seen"]), float(saved["scale"])
         sums, forwards = saved["sums"].numpy(), int(saved["forwards"])
-    asked = _Asked(networks, images, labels, -1.0 if targeted else 1.0, progress)
-    level = float(math.floor(eps))
+    sense = -1.0 if targeted else 1.0
+    asked = _Asked(networks, images, labels, float(math.floor(eps)), sense, progress)
 
     def margins(arms: list[list[Wave]], k: int) -> Tensor:
         """Of every arm (its waves in turn) the margins on the next k images, [arms, k]."""
         at = np.arange(seen, seen + k)
-        signs = np.stack([[w.signs(shape)[:1] for w in waves] for waves in arms])
-        return asked.margins(torch.from_numpy(signs * level), torch.from_numpy(order[at % n]), at)
+        signs = np.stack([[w.signs(shape)[:1] for w in waves] for waves in arms]).astype(np.int8)
+        return asked.margins(torch.from_numpy(signs), torch.from_numpy(order[at % n]), at)
 
     for count, k in plan:
         if count > len(left):  # done before
             continue
-        found = margins([[Wave(*known[i], *v) for v in VARIANTS] for i in left], k)
+        found = margins([[Wave(*known[i], *v) for v in FORMS] for i in left], k)
         scale = scale or float(found.abs().median()) + TINY
         sums[left] += torch.tanh(found / scale).sum(dim=1).double().cpu().numpy()
         seen, forwards = seen + k, forwards + k * count
@@ -206,7 +208,7 @@ def find_wave(
         left = sorted(left[i] for i in best)
         state = {"left": left, "seen": seen, "scale": scale, "forwards": forwards}
         save({**state, "sums": torch.from_numpy(sums)})
-    finalists = [Wave(*known[left[0]], *v) for v in VARIANTS]
+    finalists = [Wave(*known[left[0]], *v) for v in FORMS]
     k = min(n, max(1, (passes - forwards) // len(finalists)))
     found = margins([[wave] for wave in finalists], k)
     successes = (found > 0).double().mean(dim=1)
@@ -223,31 +225,39 @@ class _Asked:
     networks: Sequence[Function]
     images: Tensor
     labels: Tensor
+    level: float
     sense: float
     progress: Progress
 
-    def margins(self, levels: Tensor, which: Tensor, at: np.ndarray) -> Tensor:
+    def margins(self, signs: Tensor, which: Tensor, at: np.ndarray) -> Tensor:
         """[arms, k] margins in the attacker's sense.
 
         Args:
-            levels: float32 [arms, V, 1, H, W], what the images of each arm get in turn.
+            signs: int8 [arms, V, 1, H, W], what the images of each arm get in turn.
             which: [k] the images.
             at: [k] their place in the search, which says whose turn it is.
         """
-        device, limit = self.images.device, images_at_once(self.images)
-        levels, which = levels.to(device), which.to(device)
-        found = torch.empty(len(levels), len(which), device=device)
-        wave = torch.from_numpy(at % levels.shape[1]).to(device)
-        # A network is asked about four images in a row: every one meets every wave.
-        network_of = (at // len(VARIANTS)) % len(self.networks)
+        device = self.images.device
+        signs, which = signs.to(device), which.to(device)
+        found = torch.empty(len(signs), len(which), device=device)
+        # Every network with every wave, in an order that no image's place has to do with.
+        pairs = np.random.default_rng(0).permutation(len(self.networks) * len(FORMS))[
+            at % (len(self.networks) * len(FORMS))
+        ]
+        form = torch.from_numpy(pairs % len(FORMS) % signs.shape[1]).to(device)
         for i, network in enumerate(self.networks):
-            mine = torch.from_numpy(np.flatnonzero(network_of == i)).to(device)
-            pairs = torch.cartesian_prod(torch.arange(len(levels), device=device), mine)
-            for arm, image in (part.unbind(1) for part in pairs.split(limit)):
-                pixels = self.images[which[image]].float() + levels[arm, wave[image]]
+            mine = torch.from_numpy(np.flatnonzero(pairs // len(FORMS) == i)).to(device)
+            cells = torch.cartesian_prod(torch.arange(len(signs), device=device), mine)
+
+            def ask(part: slice, network: Function = network, cells: Tensor = cells) -> None:
+                arm, image = cells[part].unbind(1)
+                levels = self.level * signs[arm, form[image]].float()
+                pixels = self.images[which[image]].float() + levels
                 logits = network(pixels.clamp_(0, 255))
                 found[arm, image] = self.sense * margin(logits, self.labels[which[image]])
                 self.progress(len(arm))
+
+            in_parts(len(cells), images_at_once(self.images), ask)
         return found
 
 
@@ -272,7 +282,7 @@ def craft_fourier(
         split: the images it is crafted on, uint8 [N, C, H, W], with labels.
         eps: the budget in pixel levels.
         target: a class, or None for any other than the label.
-        seed: of the images and of which frequencies are tried.
+        seed: of the order of images.
         settings: the search.
         key: identifies the work, for `partial`.
         partial: state of unfinished work, after every round.
@@ -295,10 +305,3 @@ def craft_fourier(
         )
     shape: Shape = (split.images.shape[1], split.images.shape[2], split.images.shape[3])
     return Searched(found.wave.signs(shape) * float(math.floor(eps)), found)
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest other logit minus the label's, [N]: positive where the prediction is another."""
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(dim=1) - own[:, 0]

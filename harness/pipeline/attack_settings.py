@@ -23,8 +23,9 @@ from harness.workspace import UapName
 
 Settings = SgdSettings | MomentumSettings | FourierSettings
 
-WAVE_SHARE = 16
-"""Attack `momentum`: one part in so many of its budget looks for a wave (docs/adr/0007)."""
+WAVE_SHARE, FEWEST_PASSES = 16, 256
+"""Attack `momentum`: one part in so many of its budget looks for a wave; none where that is too
+little to find one (docs/adr/0007)."""
 
 
 def craft_split(context: Context) -> Split:
@@ -88,10 +89,15 @@ def _momentum_settings(
         shuffle=not paper,
         batch_statistics=batch_statistics,
         selection=selection_images(n),
-        # By the statistics of a batch, waves beside each other would change each other's results.
-        waves=0 if batch_statistics else min(MOST_PASSES, 2 * craft.epochs * n // WAVE_SHARE),
+        waves=_wave_passes(craft, n, batch_statistics),
         restarts=craft.restarts,
     )
+
+
+def _wave_passes(craft: CraftConfig, n: int, batch_statistics: bool) -> int:
+    # By the statistics of a batch, waves beside each other would change each other's results.
+    passes = 0 if batch_statistics else 2 * craft.epochs * n // WAVE_SHARE
+    return min(MOST_PASSES, passes) if passes >= FEWEST_PASSES else 0
 
 
 def _fourier_settings(
@@ -117,10 +123,12 @@ def evaluations(settings: Settings, n: int) -> int:
 
 
 def settings_key(settings: Settings) -> dict[str, object]:
-    """What is crafted from one start is what it was before there were restarts."""
+    """What is crafted from one start, or without a wave, is what it was before there were more."""
     values = asdict(settings)
     if not isinstance(settings, FourierSettings) and settings.restarts == 1:
         del values["restarts"]
         if isinstance(settings, SgdSettings):
             del values["selection"]
+    if isinstance(settings, MomentumSettings) and not settings.waves:
+        del values["waves"]
     return values

@@ -2,12 +2,13 @@
 
     HARNESS_WORKSPACE=workspace pytest tests/benchmarks/test_attack_peers.py --benchmark-enable -s
 
-Peers: the universal perturbations of the Adversarial Robustness Toolbox (extra `peers`), with its
-defaults and tuned in its favour, and a plain transcription of the loop the authors ran. The model
-is `full` of a finished workspace (HARNESS_WORKSPACE; with its data), or of a short training on the
-digits. Images, batches and epochs are those of its harness.toml. HARNESS_PEERS chooses rows: a
-regular expression, such as "ours|FGSM.*TSR at 10"; HARNESS_PEERS_SEEDS, 1 to 3, how many seeds:
-with DeepFool inside, ART takes minutes a perturbation (pytest --timeout 0).
+Ours: the attacks of `harness craft`. Peers: the universal perturbations of the Adversarial
+Robustness Toolbox (extra `peers`), with its defaults and tuned in its favour, and a plain
+transcription of the loop the authors ran. The model is `full` of a finished workspace
+(HARNESS_WORKSPACE; with its data), or of a short training on the digits. Images, batches and epochs
+are those of its harness.toml. HARNESS_PEERS chooses rows: a regular expression, such as
+"ours|FGSM.*TSR at 10"; HARNESS_PEERS_SEEDS, 1 to 3, how many seeds: with DeepFool inside, ART takes
+minutes a perturbation (pytest --timeout 0).
 
 Everybody's perturbation is judged as a device receives it: whole pixel levels within the budget, on
 images no attack saw. Gradients are counted by a hook where they pass the logits, one an image and
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from harness.config import Config, preset_named
 from harness.crafting.perturbation import to_levels
 from harness.crafting.together import Job, Request, craft_together
+from harness.crafting.waves import FourierSettings, craft_fourier
 from harness.data.dataset import Dataset, Split, load_dataset
 from harness.inference import predict
 from harness.models.checkpoint import load_checkpoint
@@ -133,6 +135,25 @@ def ours(attack: str, epochs: int | None = None) -> Contender:
     return craft
 
 
+def ours_without_gradients(lab: Lab, wanted: Wanted) -> tuple[Array, Counted]:
+    settings = MAKERS["fourier"](lab.config.craft, len(lab.attack), False, False)
+    assert isinstance(settings, FourierSettings)
+    model = Counted(fold(lab.trained)).requires_grad_(requires_grad=False).eval()
+    found = craft_fourier(
+        [model],
+        lab.attack,
+        eps=wanted.eps,
+        target=wanted.target,
+        seed=wanted.seed,
+        settings=settings,
+        key=str(wanted),
+        partial=lab.scratch / f"{wanted}.pt",
+        device=CPU,
+        progress=lambda _forwards: None,
+    )
+    return found.delta_255, model
+
+
 # --- the authors' loop -----------------------------------------------------------------------
 
 
@@ -220,6 +241,7 @@ def art(inner: str, *, inner_eps: float | None = None, **params: Any) -> Contend
 CONTENDERS: dict[str, Contender] = {
     "ours: momentum": ours("momentum"),
     "ours: sgd": ours("sgd"),
+    "ours: fourier": ours_without_gradients,
     "authors' loop": authors_loop(),
     "ours: momentum, 10 epochs": ours("momentum", AUTHORS_EPOCHS),
     "ours: sgd, 10 epochs": ours("sgd", AUTHORS_EPOCHS),

@@ -36,6 +36,7 @@ MOMENTUM = MomentumSettings(
     batch_statistics=False,
     selection=16,
 )
+WAVES = replace(MOMENTUM, epochs=9, waves=160)
 JOBS = [
     Job(Request(10.0), 1),
     Job(Request(4.0), 2),
@@ -75,7 +76,9 @@ def one_thread() -> Any:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("deploy", [fold, integerise], ids=["float", "integer"])
-@pytest.mark.parametrize("rule", [SGD.rule, MOMENTUM.rule], ids=["sgd", "momentum"])
+@pytest.mark.parametrize(
+    "rule", [SGD.rule, MOMENTUM.rule, WAVES.rule], ids=["sgd", "momentum", "waves"]
+)
 @pytest.mark.parametrize("at_once", [8, 30, 256])
 def test_each_is_what_it_would_be_alone(
     deploy: Callable[[Any], nn.Module],
@@ -243,26 +246,48 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize(
+    ("settings", "after", "step", "searched"),
+    [
+        (MOMENTUM, 14, 14, 0),
+        # A search of 160 passes tells of its progress five times.
+        (replace(WAVES, restarts=2), 3, 0, 0),
+        (replace(WAVES, restarts=2), 20, 0, 4),
+        (replace(WAVES, restarts=2), 60, 35, 5),
+    ],
+)
 def test_a_killed_pass_continues_to_the_very_same_perturbations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: MomentumSettings,
+    after: int,
+    step: int,
+    searched: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every step
     model, partial = fold(trained()), tmp_path / "partial.pt"
-    expected = craft(model, tmp_path / "whole.pt")
-    left = iter(range(14))
+    expected = craft(model, tmp_path / "whole.pt", rule=settings.rule)
+    left = iter(range(after))
 
     def progress(_n: int) -> None:
         if next(left, None) is None:
             raise Killed
 
     with pytest.raises(Killed):
-        craft(model, partial, progress=progress)
+        craft(model, partial, rule=settings.rule, progress=progress)
     state = read_partial(partial, key="k")
     assert state is not None
-    assert state["step"] == 14
-    for found, wanted in zip(craft(model, partial), expected, strict=True):
+    assert (state["step"], len(state["waves"])) == (step, searched)
+    resumed = craft(model, partial, rule=settings.rule)
+    for found, wanted in zip(resumed, expected, strict=True):
         assert np.array_equal(found.delta_255, wanted.delta_255)
         assert replace(found, delta_255=0) == replace(wanted, delta_255=0)  # type: ignore[arg-type]
+
+
+def test_waves_and_restarts_need_images_to_choose_by(tmp_path: Path) -> None:
+    for rule in (replace(WAVES.rule, selection=0), replace(MOMENTUM.rule, selection=0, restarts=2)):
+        with pytest.raises(ValueError, match="need images to choose among them"):
+            craft(fold(trained()), tmp_path / "p.pt", rule=rule)
 
 
 @pytest.mark.gpu

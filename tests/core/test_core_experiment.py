@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from core_cases import split, trained
 
 from harness.config import preset_named
+from harness.crafting.perturbation import load_perturbation
 from harness.crafting.waves import FourierSettings
 from harness.models.folded import fold
 from harness.pipeline import craft_pass as craft_pass_module
@@ -81,3 +83,26 @@ def test_a_kill_loses_one_search_at_most(tmp_path: Path, monkeypatch: pytest.Mon
         )
     there = [ours.workspace.uap(name).exists() for name in names]
     assert there == [True, True, False]
+
+
+def test_the_fleet_is_searched_without_gradients_too(tmp_path: Path) -> None:
+    ours = context(tmp_path)
+    name = UapName("fleet", 10.0, attack="fourier")
+    craft_pass(
+        ours,
+        [fold(trained()), fold(trained(steps=40))],
+        [name],
+        members=[(0, 1)],
+        keys=["a"],
+        identities=["id"],
+        settings=FourierSettings(passes=200),
+        split=split(32),
+        probe=[False],
+        partial=tmp_path / "partial.pt",
+        progress=lambda _done, _note: None,
+    )
+    made = load_perturbation(ours.workspace.uap(name))
+    assert made.attack == "fourier"
+    assert set(np.unique(made.delta_255)) == {-10, 10}
+    assert made.meta["forwards"] <= 200
+    assert set(made.meta["wave"]) == {"across", "down", "phase", "sign"}

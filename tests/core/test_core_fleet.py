@@ -361,5 +361,5 @@ def test_one_start_has_the_key_it_had_before_there_were_restarts(tmp_path: Path)
         uap_key(plain, UapName("full", 10.0))
         uap_key(plain, UapName("full", 10.0, attack="sgd"))
     fields = {"epochs", "batch_size", "step", "beta", "shuffle", "batch_statistics"}
-    assert keyed[0]["settings"].keys() == fields | {"momentum", "selection", "waves"}
+    assert keyed[0]["settings"].keys() == fields | {"momentum", "selection"}
     assert keyed[1]["settings"].keys() == fields

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial
+from harness.crafting.arithmetic import margin
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.perturbation import chessboard, random_sign, to_levels
 from harness.crafting.together import Job, Request, craft_together, planned_steps
@@ -27,7 +28,6 @@ from harness.crafting.waves import (
     craft_fourier,
     find_wave,
     frequencies,
-    margin,
     rounds,
 )
 from harness.data.splits import Split
@@ -137,9 +137,12 @@ def test_no_two_frequencies_are_one_and_none_has_a_zero(shape: tuple[int, int, i
                 down * np.arange(height) / height, across * np.arange(width) / width
             )
             assert np.abs(np.cos(2 * np.pi * turns + phase)).min() > 1e-3
-        # As a wave of no sign: by its spectrum's largest entry.
         signs = Wave(across, down, 1 / 3, 1).signs((1, height, width))[0]
-        seen.add(min(signs.tobytes(), (-signs).tobytes()))
+        seen.add(
+            min(  # whatever its sign
+                signs.tobytes(), (-signs).tobytes()
+            )
+        )
     assert len(seen) == len(frequencies(shape))
 
 
