@@ -23,14 +23,21 @@ class TrainConfig:
     """Training and compression. Defaults are the paper's; presets change what they must."""
 
     epochs: int = 160
+    """Of the models that are trained from scratch: full and the SFP variants."""
     batch_size: int = 250
+    """Images of one step, of every variant."""
     lr: float = 0.1
+    """Learning rate, of the models that are trained from scratch."""
     momentum: float = 0.9
+    """Of SGD, for every variant."""
     weight_decay: float = 1e-4
+    """L2 penalty, for every variant."""
     schedule: str = "step"
     """`step`: divide by 10 at `decay_epochs`; `one_cycle`: linear up for a fifth, then down."""
     decay_epochs: tuple[int, ...] = (80, 120)
+    """Epochs after which `step` divides the learning rate."""
     nesterov: bool = False
+    """Whether SGD's momentum is Nesterov's."""
     precision: str = "fp32"
     """`bf16`: products in bfloat16 on a GPU, weights and sums in float32; no effect on a CPU."""
     crop_padding: int = 4
@@ -49,6 +56,7 @@ class TrainConfig:
     """`scratch`, as the authors did, or `full`: soft filter pruning goes on from Full's weights, as
     the other methods do, so that what differs is the method and not the seed (the audit)."""
     mixup_alpha: float = 1.0
+    """Beta distribution of the mixing weight of variant sfp_mixup."""
     cutout_size: int = 16
     """Side of the square that variant sfp_cutout blanks, in pixels."""
     pp_keep: float = 0.7
@@ -56,12 +64,17 @@ class TrainConfig:
     pp_granularity: str = "channel"
     """`channel`: can be slimmed; `unit`: the authors' mask on single activations, cannot."""
     pp_epochs: int = 20
+    """Fine-tuning of the pruned variants; they start from full."""
     pp_lr: float = 0.01
+    """Learning rate of that."""
     apot_epochs: int = 100
+    """Training of the quantised variants; q4 starts from full, q3 from q4, q2 from q3."""
     apot_lr: float = 0.04
+    """Learning rate of that."""
     apot_alpha_lr_activation: float = 0.1
-    """Learning rate of the activation clips, and of the weights' clips (the authors' values)."""
+    """Learning rate of the clips of activations (the authors' value)."""
     apot_alpha_lr_weight: float = 0.02
+    """Learning rate of the clips of weights (the authors' value)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,9 @@ class CraftConfig:
     attack_images: int = 50_000
     """Training images that are crafted on."""
     epochs: int = 10
+    """Passes over them for one perturbation."""
     batch_size: int = 500
+    """Attack `sgd`: images of one step; epochs times images, whatever attack, is its budget."""
     step: float = 0.2
     """Step of one update, as a fraction of eps."""
     beta: float = 8.0
@@ -135,6 +150,7 @@ class EvalConfig:
     """Of them, how many exported models are run on, a stratified sample; PyTorch sees all, and what
     it says of the rest corrects the rates. 0 for all: exact, and for wide networks hours."""
     batch_size: int = 128
+    """Images of one call; predictions do not depend on it."""
     threads: int = 2
     """Intra-op threads of onnxruntime; always explicit. Predictions do not depend on it."""
 
@@ -160,14 +176,14 @@ class Config:
     width: int = 64
     """Channels of the first stage; 64 is the paper's."""
     preset: str = "paper"
-    """What keys left out here are taken from."""
+    """Where keys come from that a file leaves out; this one has all of them."""
     protocol: str = "clean"
     """`clean`: crafted on training images, in eval mode, in whole pixel levels; `paper`: as the
     authors did, evaluation images included."""
     attack: str = "sgd"
     """`momentum`: the strongest here; `sgd`: the paper's; `fourier`: without gradients."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Of initial weights, the order of images, starts of attacks: all that is random."""
     train: TrainConfig = field(default_factory=TrainConfig)
     craft: CraftConfig = field(default_factory=CraftConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -48,7 +48,11 @@ def _entry(name: str, value: Any, meaning: str) -> list[str]:
 
 def _meanings(of: type) -> dict[str, str]:
     """Field -> the docstring below it, on one line; of a class whose source is at hand."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
+    try:
+        source = inspect.getsource(of)
+    except OSError:  # installed without its sources: nothing to explain the keys with
+        return {}
+    (tree,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ def test_a_preset_is_read_back_unchanged(tmp_path: Path, preset: str, dataset: s
 def test_keys_are_written_with_what_they_mean() -> None:
     lines = to_toml(preset_named("quickstart")).splitlines()
     assert max(map(len, lines)) <= 100
+    for above, line in itertools.pairwise(lines):
+        assert above.startswith("# ") or not re.match(r"\w+ = ", line), line
     beta = lines.index("beta = 8.0")
     assert lines[beta - 1] == (
         "# Each sample's loss is clamped here, so that no single image dominates."
@@ -188,6 +192,7 @@ def test_a_wrong_type_is_named_with_its_value(values: dict[str, Any], named: str
         ({"craft": {"step": 0}}, "craft.step = 0.0"),
         ({"craft": {"beta": -8}}, "craft.beta = -8.0"),
         ({"export": {"align": 0}}, "export.align = 0"),
+        ({"export": {"align": 1025}}, "export.align = 1025"),
         ({"eval": {"images": -1}}, "eval.images = -1"),
         ({"eval": {"device_images": -1}}, "eval.device_images = -1"),
         ({"eval": {"threads": 0}}, "eval.threads = 0"),

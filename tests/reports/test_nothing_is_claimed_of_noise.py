@@ -13,7 +13,7 @@ from harness.store import open_store
 from reports import advice, heat, panels
 from reports.headline import headline
 from reports.selection import build_view
-from reports.signals import masking_verdicts
+from reports.signals import MIN_AGREEMENT, masking_verdicts
 from reports.verdicts import conclusions
 from tests.reports import synthetic
 from tests.reports.synthetic import uap
@@ -34,8 +34,28 @@ def claims(text: str) -> list[str]:
     return [found.group() for found in CLAIMS.finditer(DENIALS.sub("", plain))]
 
 
+def null_probe(rng: np.random.Generator) -> dict[str, object]:
+    """64 images, half of them without a gradient; slopes of 0.2 of what was promised."""
+    own, along = rng.normal(1, 0.3, 64), rng.normal(size=(64, 8))
+    # Noise of this size makes the cosine of promised and measured slopes 0.2.
+    measured = along + rng.normal(0, np.sqrt(1 / MIN_AGREEMENT**2 - 1), (64, 8))
+    return {
+        "images": 64,
+        "zero_gradient": int(rng.binomial(64, 0.5)),
+        "saturated": 0,
+        "own_promised": own.tolist(),
+        "own_measured": (MIN_AGREEMENT * own + rng.normal(0, 0.2, 64)).tolist(),
+        "random_promised": along.tolist(),
+        "random_measured": measured.tolist(),
+        "reach_255": 5.0,
+    }
+
+
 def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, crafting_seeds: int = 1):
-    """Every model errs at random on the same share of the images, whatever it is attacked with."""
+    """Every model errs at random on the same share of the images, whatever it is attacked with.
+
+    Gradients are probed, too, and are on the very limit of being no guide.
+    """
     rng = np.random.default_rng(seed)
     store = open_store(path)
     evaluation = synthetic.evaluation_set(labels=tuple(int(i) % 10 for i in range(IMAGES)))
@@ -44,13 +64,22 @@ def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, craftin
     labels = np.asarray(evaluation.labels)
     hardness = rng.normal(size=IMAGES)
     perturbations = {
-        (source, eps, s): uap(source, eps, sha256=synthetic.sha("u", source, eps, s), seed=s)
+        (source, eps, s): uap(
+            source,
+            eps,
+            sha256=synthetic.sha("u", source, eps, s),
+            seed=s,
+            **({} if source in ("random", "chessboard") else {"meta": {"probe": null_probe(rng)}}),
+        )
         for source in (*names, "random", "chessboard")
         for eps in (8.0, 10.0)
         for s in range(crafting_seeds if source in names else 1)
     }
     targeted = {(name, t): uap(name, 10.0, t) for name in names for t in range(2)}
-    for record in (*perturbations.values(), *targeted.values()):
+    searched = {
+        name: uap(name, 10.0, sha256=synthetic.sha("f", name), attack="fourier") for name in names
+    }
+    for record in (*perturbations.values(), *targeted.values(), *searched.values()):
         store.add_uap(record)
     runs = []
     for name in names:
@@ -61,6 +90,7 @@ def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, craftin
             return np.where(wrong, (labels + 1) % 10, labels)
 
         runs.append(planter.run(name, None, errs(1.8)))
+        runs.append(planter.run(name, searched[name], errs(0.0)))
         for (source, eps, _), record in perturbations.items():
             if eps == 10.0 or source in (name, "random", "chessboard"):
                 runs.append(planter.run(name, record, errs(0.0)))
@@ -124,6 +154,18 @@ def test_a_few_null_stores_have_hardly_a_claim(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.STORES", 12)
     counts = false_claims(tmp_path, monkeypatch)
     assert sum(counts.values()) <= 13, counts  # 120 chances of 5 %: P(more) < 1 %
+
+
+def test_null_stores_raise_every_kind_of_sign(tmp_path):
+    """Else nothing could be called masked there, and that nothing is would say nothing."""
+    raised, measured = set(), set()
+    for seed in range(12):
+        with null_store(tmp_path / f"{seed}.db", seed) as store:
+            for verdict in masking_verdicts(build_view(store)):
+                raised |= {signal.kind for signal in verdict.raised()}
+                measured |= {k for k, s in verdict.signals.items() if s.state != "not measured"}
+    assert measured >= {"gradient_free", "transfer", "control", "no_gradient", "slope", "agreement"}
+    assert raised & {"no_gradient", "slope", "agreement"}
 
 
 def test_the_words_of_a_claim_are_recognised(full, monkeypatch):

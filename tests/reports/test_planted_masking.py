@@ -54,7 +54,8 @@ def judged(
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("planted")
     base = preset_named("quickstart")
-    craft = replace(base.craft, eps=(5.0, 10.0), targets=())
+    # Epochs enough for `momentum` to look for a wave of its own.
+    craft = replace(base.craft, eps=(5.0, 10.0), targets=(), epochs=10)
     config = replace(base, craft=craft, attack=request.param)
     context = Context(Workspace(root, config), CPU)
     data = context.data
@@ -185,7 +186,10 @@ def test_the_report_and_the_rows_say_so(judged: Judged) -> None:
     assert group.tone == "warn"
     leads = [sentence.lead for sentence in group.sentences]
     assert leads[:3] == ["SFP+M: masked", "SFP+C: masked", "PP2: masked"]
-    assert "Full and SFP: not masked" in leads
+    assert [" and ".join(leads[3:]).count(name) for name in ("Full", "SFP", "not masked")] in (
+        [1, 1, 1],  # both with a search that does less, or both with one that does as much
+        [1, 1, 2],
+    )
     marks = {row.name: row.flags for row in tradeoff_table(judged.view).rows}
     assert marks == dict.fromkeys(PLAIN, ()) | dict.fromkeys(PLANTED, ("gradients masked",))
     values = {entry["variant"]: entry for entry in masking_json(judged.view)}

@@ -1,0 +1,114 @@
+"""One row a rule of docs/adr/0010: signs in, a word and what decided out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reports.inference import mean_interval
+from reports.masking_rules import KINDS, Kind, Signal, State, judge
+
+ALL_CLEAR: dict[Kind, Signal] = {kind: Signal(kind, "clear", 0.3, 0.6) for kind in KINDS}
+
+
+def unclear(kind: Kind, low: float, high: float) -> dict[Kind, Signal]:
+    """A comparison that shows nothing: 95 % interval of the other's rate less the own."""
+    return {kind: Signal(kind, "unclear", 0.5, 0.5, low, high)}
+
+
+def state(word: State, *kinds: Kind) -> dict[Kind, Signal]:
+    return {kind: Signal(kind, word) for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "word", "because"),
+    [
+        ({}, {}, "not masked", ("gradient_free",)),
+        # Something that takes no gradient does more, and gradients are no guide.
+        (state("raised", "gradient_free", "slope"), {}, "masked", ("gradient_free", "slope")),
+        (state("raised", "transfer", "agreement"), {}, "masked", ("transfer", "agreement")),
+        (state("raised", "control", "no_gradient"), {}, "masked", ("control", "no_gradient")),
+        # It does more, but gradients lead where they promise.
+        (state("raised", "gradient_free"), {}, "undecided", ("gradient_free",)),
+        (state("raised", "transfer"), {}, "undecided", ("transfer",)),
+        # Gradients are no guide, and the attack is bounded by what takes none.
+        (
+            {**state("raised", "slope"), **unclear("gradient_free", -0.04, 0.04)},
+            {},
+            "masked",
+            ("gradient_free", "slope"),
+        ),
+        (
+            {**state("raised", "slope"), **unclear("gradient_free", -0.06, 0.04)},
+            {},
+            "undecided",
+            ("slope",),
+        ),
+        (
+            {**state("raised", "slope"), **unclear("gradient_free", -0.04, 0.04)},
+            {"near_ceiling": True},
+            "undecided",
+            ("slope",),
+        ),
+        # A control is a low bar: only where there is no gradient at all.
+        (
+            {**state("raised", "no_gradient"), **unclear("control", -0.04, 0.04)},
+            {},
+            "masked",
+            ("control", "no_gradient"),
+        ),
+        (
+            {**state("raised", "agreement"), **unclear("control", -0.04, 0.04)},
+            {},
+            "undecided",
+            ("agreement",),
+        ),
+        # Gradients guide; a search that does hardly more takes nothing from them.
+        (unclear("gradient_free", -0.04, 0.04), {}, "not masked", ("gradient_free",)),
+        (unclear("gradient_free", -0.04, 0.06), {}, "undecided", ("gradient_free",)),
+        (
+            unclear("gradient_free", -0.04, 0.06),
+            {"near_ceiling": True},
+            "not masked",
+            ("gradient_free",),
+        ),
+        (unclear("control", -0.04, 0.04), {}, "undecided", ("control",)),
+        (unclear("control", -0.04, 0.04), {"near_ceiling": True}, "not masked", ("gradient_free",)),
+        # Silence is not a pass.
+        (state("not measured", "agreement"), {}, "undecided", ("agreement",)),
+        (
+            state("not measured", "gradient_free"),
+            {"near_ceiling": True},
+            "undecided",
+            ("gradient_free",),
+        ),
+        # What gradients reach is below the number that stands for them.
+        ({}, {"pattern": True}, "undecided", ("gradient_free",)),
+        (state("raised", "random"), {}, "undecided", ("random",)),
+    ],
+)
+def test_a_rule(
+    changes: dict[Kind, Signal], options: dict[str, Any], word: str, because: tuple[Kind, ...]
+) -> None:
+    signals = ALL_CLEAR | changes
+    assert judge(signals, **{"near_ceiling": False, **options}) == (word, because)
+
+
+def test_the_interval_by_hand_and_by_coverage() -> None:
+    # 59 pairs one way, 14 the other, of 340; with one pair more of each kind.
+    differences = np.array([1.0] * 59 + [-1.0] * 14 + [0.0] * 267)
+    low, high = mean_interval(differences)
+    assert low < 45 / 340 < high
+    spread = np.sqrt(74 / 342 - (45 / 342) ** 2)
+    assert high - low == pytest.approx(2 * 1.96 * spread / np.sqrt(342), rel=1e-4)
+    assert mean_interval(np.zeros(300))[1] == pytest.approx(0.0065, abs=0.0005)
+    rng = np.random.default_rng(0)
+    true = 0.25 - 0.10
+    covered = 0
+    for _ in range(500):
+        drawn = rng.choice([1.0, -1.0, 0.0], size=200, p=[0.25, 0.10, 0.65])
+        low, high = mean_interval(drawn)
+        covered += low <= true <= high
+    assert covered >= 460  # of 475 expected
