@@ -23,9 +23,10 @@ from harness.workspace import UapName
 
 Settings = SgdSettings | MomentumSettings | FourierSettings
 
-WAVE_SHARE, FEWEST_PASSES = 16, 256
-"""Attack `momentum`: one part in so many of its budget looks for a wave; none where that is too
-little to find one (docs/adr/0007)."""
+FEWEST_PASSES, ENOUGH_PASSES = 512, 2_600
+"""Attack `momentum` looks for a wave with a quarter of its budget, until that is enough to try all
+frequencies of a small image, and then with a sixteenth; with fewer passes than some it would find
+none that is worth its steps (docs/adr/0007)."""
 
 
 def craft_split(context: Context) -> Split:
@@ -50,7 +51,14 @@ def settings_of(context: Context, name: UapName) -> Settings:
     if is_ensemble(name.source):
         craft = replace(craft, epochs=craft.fleet_epochs)
     make = MAKERS[attack_of(context, name)]
-    return make(craft, len(craft_split(context)), paper, train_mode)
+    return for_target(make(craft, len(craft_split(context)), paper, train_mode), name.target)
+
+
+def for_target(settings: Settings, target: int | None) -> Settings:
+    """Towards a class a wave hardly leads: the steps are worth more."""
+    if isinstance(settings, MomentumSettings) and target is not None:
+        return replace(settings, waves=0)
+    return settings
 
 
 def probed(context: Context, name: UapName) -> bool:
@@ -96,7 +104,8 @@ def _momentum_settings(
 
 def _wave_passes(craft: CraftConfig, n: int, batch_statistics: bool) -> int:
     # By the statistics of a batch, waves beside each other would change each other's results.
-    passes = 0 if batch_statistics else 2 * craft.epochs * n // WAVE_SHARE
+    budget = 0 if batch_statistics else 2 * craft.epochs * n
+    passes = max(budget // 16, min(budget // 4, ENOUGH_PASSES))
     return min(MOST_PASSES, passes) if passes >= FEWEST_PASSES else 0
 
 

@@ -13,7 +13,7 @@ from harness.artefacts import cache_key
 from harness.crafting.perturbation import load_perturbation
 from harness.models.brought import BroughtModel, Recipe, load_brought, theirs
 from harness.models.brought_checks import Reading, check_attackable, read_accuracy
-from harness.pipeline.attack_settings import MAKERS, Settings, evaluations, settings_key
+from harness.pipeline.attack_settings import MAKERS, Settings, evaluations, for_target, settings_key
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.craft_pass import craft_pass
 from harness.pipeline.tasks import Progress, Task
@@ -155,4 +155,5 @@ def _key(brought: Brought, name: UapName) -> str:
 def _settings(brought: Brought, name: UapName) -> Settings:
     context = brought.context
     make = MAKERS[attack_of(context, name)]
-    return make(context.config.craft, len(context.data.attack), False, False)
+    settings = make(context.config.craft, len(context.data.attack), False, False)
+    return for_target(settings, name.target)

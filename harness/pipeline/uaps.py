@@ -26,7 +26,6 @@ from harness.crafting.perturbation import (
     save_perturbation,
     to_levels,
 )
-from harness.crafting.waves import FourierSettings
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.attack_settings import (
     Settings,
@@ -62,15 +61,15 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
     for name in names:
         check_name(context, name)
     tasks: list[Task] = []
-    groups: dict[tuple[str, str, bool], _Pass] = {}
+    groups: dict[tuple[str, str, Settings], _Pass] = {}
     for name in names:
         if name.source in CONTROLS:
             tasks.append(_control_task(context, name))
             continue
         settings = settings_of(context, name)
-        # A pass has one rule: under protocol `paper`, targeted runs may have another.
+        # A pass has one rule: targeted perturbations may have another.
         source = FLEET if is_ensemble(name.source) else name.source
-        group = (source, attack_of(context, name), _statistics(settings))
+        group = (source, attack_of(context, name), settings)
         if group not in groups:
             groups[group] = _Pass(context, settings)
         groups[group].names.append(name)
@@ -168,10 +167,6 @@ def _craft(
 def _beside(context: Context) -> Shared | None:
     # One pass fills a GPU; and the arithmetic that it sets there is the process's.
     return "accelerator" if context.accelerator.type == "cpu" else None
-
-
-def _statistics(settings: Settings) -> bool:
-    return not isinstance(settings, FourierSettings) and settings.batch_statistics
 
 
 def _make_control(context: Context, name: UapName) -> None:
