@@ -45,7 +45,7 @@ from harness.inference import predict
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, ResNet, build_model
-from harness.pipeline.attack_settings import MAKERS
+from harness.pipeline.attack_settings import MAKERS, for_target
 from harness.workspace import open_workspace
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def ours(attack: str, epochs: int | None = None) -> Contender:
             model,
             lab.attack,
             [Job(Request(wanted.eps, wanted.target), wanted.seed)],
-            MAKERS[attack](settings, len(lab.attack), False, False).rule,
+            for_target(MAKERS[attack](settings, len(lab.attack), False, False), wanted.target).rule,
             key=f"{attack} {epochs} {wanted}",
             partial=lab.scratch / "partial.pt",
             device=CPU,
