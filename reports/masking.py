@@ -96,6 +96,8 @@ def masking_group(view: View) -> Group:
 
 def _because(verdict: MaskingVerdict) -> str:
     reasons = []
+    if verdict.pattern and not {"gradient_free", "control", "transfer"} & set(verdict.because):
+        reasons.append(f"its own attack ends with {_PATTERNS[verdict.pattern]}, not with gradients")
     for kind in verdict.because:
         signal = verdict.signals[kind]
         no_more = signal.state == "unclear"

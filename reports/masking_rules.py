@@ -60,6 +60,8 @@ def judge(
     beaten = [kind for kind in without if kind in raised]
     if bad_gradients and beaten:
         return "masked", (*beaten, *bad_gradients)
+    if bad_gradients and pattern:
+        return "masked", tuple(bad_gradients)
     # Gradients that lead nowhere, and an attack that does no more than what takes none. A control
     # is a low bar: beside it, there has to be no gradient at all.
     bars: tuple[tuple[Kind, bool], ...] = (

@@ -19,12 +19,10 @@ from harness.seeds import SeedGroup, key_of, seed_groups
 from harness.sources import left_out
 from harness.store import Store
 from reports.estimates import estimated
-from reports.view import Craft, DeviceId, RunKey, SeedKey, VariantView, View
+from reports.view import GRADIENT_FREE, Craft, DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
 
 REFERENCE_EPS = 10.0
-GRADIENT_FREE = ("fourier", "spsa")
-"""Attacks that use no gradients; `spsa` is in stores of before there was `fourier`."""
 DEPLOYED = "onnxruntime"
 
 

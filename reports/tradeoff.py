@@ -13,7 +13,7 @@ from reports import words
 from reports.advice import latency_caveat
 from reports.masking import short_verdict
 from reports.signals import masking_verdicts
-from reports.view import VariantView, View
+from reports.view import GRADIENT_FREE, VariantView, View
 from reports.words import DASH, epsilon, interval, label_of, percent, plural
 
 VERDICT_MARKS = {"VALID": "\u2713", "UNSTABLE": "\u2248", "INVALID": "\u2717"}
@@ -189,8 +189,9 @@ def _uer(row: ResultRow | None, *, source: bool = False, brief: bool = False) ->
         return Cell(DASH)
     text = percent(row.uer, unit=False)
     if source:
-        own = row.uap_source == row.variant
-        return Cell(text, "its own" if own else label_of(row.uap_source or ""))
+        if row.uap_source != row.variant:
+            return Cell(text, label_of(row.uap_source or ""))
+        return Cell(text, "no gradient" if row.attack in GRADIENT_FREE else "its own")
     return Cell(text, "" if brief else interval(row.uer_low, row.uer_high))
 
 

@@ -17,6 +17,8 @@ from harness.seeds import SeedGroup, key_of
 from harness.sources import FLEET
 from reports.words import label_of
 
+GRADIENT_FREE = ("fourier", "spsa")
+"""Attacks that use no gradients; `spsa` is in stores of before there was `fourier`."""
 Craft = tuple[str, str, int]
 """(protocol, attack, seed) of a crafted perturbation."""
 RunKey = tuple[str, str | None, str, bool, str]

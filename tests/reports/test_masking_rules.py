@@ -86,6 +86,8 @@ def state(word: State, *kinds: Kind) -> dict[Kind, Signal]:
         ),
         # What gradients reach is below the number that stands for them.
         ({}, {"pattern": True}, "undecided", ("gradient_free",)),
+        (state("raised", "slope"), {"pattern": True}, "masked", ("slope",)),
+        (state("raised", "slope"), {"pattern": True, "near_ceiling": True}, "masked", ("slope",)),
         (state("raised", "random"), {}, "undecided", ("random",)),
     ],
 )

@@ -140,20 +140,19 @@ def test_a_plain_network_is_not_masked(name: str, judged: Judged) -> None:
 def test_a_masked_network_is_found_out(name: str, judged: Judged) -> None:
     verdict = judged.verdicts[name]
     assert verdict.word == "masked", (verdict.because, verdict.signals)
-    assert "gradient_free" in verdict.because
     free = verdict.signals["gradient_free"]
     assert free.p is not None
     own, worst = verdict.variant.white_box, verdict.variant.worst
     assert own is not None
     assert worst is not None
-    chosen = judged.view.uaps[own.uap_sha256 or ""].meta["chosen"]
     if own.attack == "sgd":
         # Its white-box number would call it robust; its worst case does not.
+        assert "gradient_free" in verdict.because
         assert free.p < 0.001
         assert (own.uer or 0) < (worst.uer or 0) - 0.1
     else:  # `momentum` ends with a wave, which took no gradient
-        assert chosen == "wave"
-        assert (own.uer or 0) > 0.2
+        assert verdict.pattern == "wave"
+        assert (own.uer or 0) > (worst.uer or 0) - 0.25
 
 
 def test_each_mask_is_seen_by_the_sign_it_leaves(judged: Judged) -> None:
@@ -175,10 +174,8 @@ def test_without_the_search_no_plain_network_is_cleared(judged: Judged) -> None:
     }
     assert all(verdicts[name].word == "undecided" for name in PLAIN)
     assert all("gradient_free" in verdicts[name].because for name in PLAIN)
-    # Bad gradients together with a transfer that does more still convict.
-    fooled = [name for name in PLANTED if verdicts[name].signals["transfer"].state == "raised"]
-    assert len(fooled) >= 2
-    assert {verdicts[name].word for name in fooled} == {"masked"}
+    # Bad gradients together with a transfer that does more, or with a pattern, still convict.
+    assert {verdicts[name].word for name in PLANTED} == {"masked"}
 
 
 def test_the_report_and_the_rows_say_so(judged: Judged) -> None:
