@@ -85,7 +85,7 @@ class CraftConfig:
     """l-infinity budgets of the untargeted UAPs, in 1/255 units."""
     transfer_eps: float | str | tuple[float, ...] = REFERENCE_EPS_255
     """The budgets of the transfer matrix: one, a list, or `all` for those of `eps`. The targeted
-    UAPs have one of them, `reference_eps`."""
+    UAPs have 10 where it is one of them, else the largest."""
     targets: str | tuple[int, ...] = "all"
     """Target classes: `all`, or a list of class indices; an empty list for none."""
     attack_images: int = 50_000
@@ -93,9 +93,10 @@ class CraftConfig:
     epochs: int = 10
     """Passes over them for one perturbation."""
     batch_size: int = 500
-    """Attack `sgd`: images of one step; epochs times images, whatever attack, is its budget."""
+    """Attack `sgd`: images of one step. Every attack has epochs times images gradients to spend; a
+    gradient counts as two forward passes, of which `fourier` needs 32,768 at most."""
     step: float = 0.2
-    """Step of one update, as a fraction of eps."""
+    """Step of one update, as a fraction of eps; `fourier` has none."""
     beta: float = 8.0
     """Each sample's loss is clamped here, so that no single image dominates."""
     inner_batch: int = 32
@@ -103,7 +104,8 @@ class CraftConfig:
     momentum: float = 0.8
     """Attack `momentum`: what is kept of the steps before."""
     restarts: int = 1
-    """Starts of every UAP; the one that does best on a part of the attack images is kept."""
+    """Starts of every UAP crafted with gradients; the one that does best on a part of the attack
+    images is kept."""
     seeds: int = 1
     """Crafting seeds: every UAP again with `seed` + 1, + 2, ..., as a file of its own."""
     split: str = "protocol"

@@ -152,16 +152,23 @@ def _clear(verdicts: list[MaskingVerdict], *, outdone: bool) -> str:
     own = _span([s.reference for s in free])
     largest = max(s.p or 0.0 for s in free)
     family = f"Holm over {plural(free[0].family, 'test')}"
+    several = len(verdicts) > 1
+    at_most = " at most" if several and largest >= 0.001 else ""
+    near = [v.variant.label for v in verdicts if v.signals["control"].state == "unclear"]
+    ceiling = (
+        f" A control does as much on {listed(near)}, near the highest possible rate."
+        if near
+        else ""
+    )
     shown_to_be = (
-        f"shown to be less for each ({p_value(largest)}{'' if largest < 0.001 else ' at most'},"
-        f" {family})"
+        f"shown to be less{' for each' if several else ''} ({p_value(largest)}{at_most}, {family})"
         if outdone
         else f"no difference shown ({family}), and by less than five points more"
     )
     return (
         "All signs were measured and none is raised. Gradients agree with the network to"
-        f" {_plain_span([s.value for s in guide])} (cosine). A search without gradients, with no"
-        f" more forward passes, reaches {reach} where gradients reach {own}, {shown_to_be}."
+        f" {_plain_span([s.value for s in guide])} (cosine). A search without gradients, at no more"
+        f" cost, reaches {reach} where gradients reach {own}, {shown_to_be}.{ceiling}"
     )
 
 

@@ -133,7 +133,7 @@ def _wave_of(view: View, row: ResultRow) -> str:
     wave = uap.meta.get("wave") if uap else None
     periods = [wave.get(key) for key in ("across", "down")] if isinstance(wave, dict) else []
     if not periods or not all(isinstance(n, int) for n in periods):
-        return ""
+        return row.attack.upper() if row.attack == "spsa" else ""
     return f"a wave of {periods[0]} \u00d7 {periods[1]} periods".replace("-", "\u2212")
 
 
@@ -173,7 +173,7 @@ def _verdict(view: View, variant: VariantView, tested: _Tested, falls: Signal) -
     assert own is not None
     probe = probe_of(view, variant)
     signals: dict[Kind, Signal] = {
-        "gradient_free": _gradient_free(tested),
+        "gradient_free": _gradient_free(tested, variant),
         "transfer": _transfer(tested),
         "control": _control(tested),
         "no_gradient": _no_gradient(probe),
@@ -199,15 +199,21 @@ def _pattern(view: View, own: ResultRow) -> str:
 # --- the signals ---------------------------------------------------------------------------------
 
 
-def _gradient_free(tested: _Tested) -> Signal:
-    """A search without gradients: clear only where it is shown to do less."""
+def _gradient_free(tested: _Tested, variant: VariantView) -> Signal:
+    """A search without gradients: clear only where it is shown to do less.
+
+    One that does no more than random signs did not search, whatever it is shown to do less than.
+    """
     found = tested.of("gradient_free")
     if not found:
         return Signal("gradient_free", "not measured")
     test, p = found[0]
+    random = variant.attacked.get("random")
     state: State = "unclear"
     if p < ALPHA:
         state = "raised" if test.found.value > 0 else "clear"
+    if state == "clear" and random is not None and rate_of(test.row) <= rate_of(random):
+        state = "not measured"
     return _of_test("gradient_free", state, test, p, tested.family)
 
 

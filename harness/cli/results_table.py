@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.stdout import StdoutConsole
+from harness.pipeline.uap_names import GRADIENT_FREE
 from harness.records import CONTROLS, ResultRow
 from harness.sources import source_label
 
@@ -87,7 +88,9 @@ def _uap_names(rows: Sequence[ResultRow]) -> Callable[[ResultRow], str]:
             return "clean"
         parts = [source_label(row.uap_source)]
         if row.uap_source not in CONTROLS:
-            parts += [row.attack] if row.attack and row.attack != usual[0][0] else []
+            # What takes no gradient is named always: of a list of nothing else, too.
+            apart = row.attack not in (None, usual[0][0]) or row.attack == GRADIENT_FREE
+            parts += [str(row.attack)] if apart else []
             parts += [f"s{row.seed}"] if len(seeds) > 1 else []
         return " ".join(parts)
 

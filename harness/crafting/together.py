@@ -44,10 +44,8 @@ from harness.crafting.selection import (
     selection_cost,
 )
 from harness.crafting.starts import orders, start_signs, wanted
-from harness.crafting.waves import Wave, find_wave
+from harness.crafting.waves import SAVE_INTERVAL_SECONDS, Wave, find_wave
 from harness.data.dataset import Split
-
-SAVE_INTERVAL_SECONDS = 5.0
 
 TINY = 1e-12
 

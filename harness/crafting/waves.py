@@ -22,6 +22,7 @@ Enters: frozen deployed models, uint8 images. Leaves: one wave; pixel levels, 0.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +46,7 @@ MOST_PASSES = 2**15
 FIRST_IMAGES = 2
 """That a frequency is asked about in the first round; with fewer passes, fewer frequencies."""
 TINY = 1e-12
+SAVE_INTERVAL_SECONDS = 5.0
 
 Progress = Callable[[int], None]
 """Forward passes since the last call."""
@@ -285,11 +287,19 @@ def craft_fourier(
         seed: of the order of images.
         settings: the search.
         key: identifies the work, for `partial`.
-        partial: state of unfinished work, after every round.
+        partial: state of unfinished work, at most every few seconds, after a round.
         device: where to craft; the model is there already.
         progress: told of forward passes.
     """
     labels = torch.from_numpy(split.labels).to(device)
+    last_save = time.monotonic()
+
+    def save(state: dict[str, Any]) -> None:
+        nonlocal last_save
+        if time.monotonic() - last_save > SAVE_INTERVAL_SECONDS:
+            write_partial(partial, key=key, state=state)
+            last_save = time.monotonic()
+
     with crafted_on(models, batch_statistics=False, device=device) as functions:
         found = find_wave(
             functions,
@@ -301,7 +311,7 @@ def craft_fourier(
             passes=settings.passes,
             progress=progress,
             saved=read_partial(partial, key=key),
-            save=lambda state: write_partial(partial, key=key, state=state),
+            save=save,
         )
     shape: Shape = (split.images.shape[1], split.images.shape[2], split.images.shape[3])
     return Searched(found.wave.signs(shape) * float(math.floor(eps)), found)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness.artefacts import read_partial
+from harness.crafting import waves
 from harness.crafting.arithmetic import margin
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.perturbation import chessboard, random_sign, to_levels
@@ -252,7 +253,10 @@ def test_several_networks_are_asked_alike(tmp_path: Path) -> None:
     assert alone.across == 3
 
 
-def test_a_killed_search_continues_to_the_very_same_wave(tmp_path: Path) -> None:
+def test_a_killed_search_continues_to_the_very_same_wave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waves, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every round
     model, partial = fold(trained()), tmp_path / "partial.pt"
     expected = search(model, tmp_path / "whole.pt")
     left = itertools.count()
