@@ -8,13 +8,11 @@ are averaged; of samples, all images by PyTorch less what a device may differ on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from harness import metrics
 from harness.bootstrap import difference
@@ -29,8 +27,8 @@ MARGIN = 0.05
 """Five points: a smaller difference, however well shown, changes no one's choice of a method."""
 ROUNDING = 1e-9
 """Rates of whole counts that differ by the margin do so but for this."""
-Z = 1.959964
-"""Of a two-sided 95 % interval."""
+ALL_IMAGES = 10**9
+"""The images that could have been drawn: an interval is not of these images alone."""
 NEAR_CEILING = 0.95
 """Share of the highest possible UER from which attacks can no longer be told apart."""
 
@@ -149,36 +147,9 @@ class Difference:
 
     value: float
     p: float
-
-
-def paired_interval(view: View, first: ResultRow, second: ResultRow) -> tuple[float, float]:
-    """95 % interval of a difference of UERs, over the images both saw; crafting seeds averaged."""
-    labels = np.asarray(view.evaluation.labels, dtype=np.int64)
-    seen = np.ones(labels.size, dtype=bool)
-    wrong = []
-    for row in (first, second):
-        runs = [view.predictions(repeat) for repeat in view.repeats(row)]
-        known = [run for run in runs if run is not None]
-        for run in known:
-            seen &= run != UNSEEN
-        wrong.append(np.mean([run != labels for run in known], axis=0) if known else None)
-    one, other = wrong
-    if one is None or other is None or not seen.any():
-        return -1.0, 1.0
-    return mean_interval(one[seen] - other[seen])
-
-
-def mean_interval(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of a mean of paired differences, each in [-1, 1] (Agresti and Min 2005).
-
-    One discordant pair, half of it either way, and one concordant pair are added: without them a
-    set that holds no difference would have an interval of no width.
-    """
-    n = differences.size + 2
-    mean = float(differences.sum()) / n
-    variance = (float(np.square(differences).sum()) + 1) / n - mean**2
-    half = Z * math.sqrt(variance / n)
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    low: float = -1.0
+    """95 % interval, over images and, where there are several, crafting seeds."""
+    high: float = 1.0
 
 
 def compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
@@ -196,11 +167,14 @@ def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
         pair = view.together(first, second)
         if pair is None:
             return Difference(0.0, 1.0)
+        wrong, other = pair.first != pair.labels, pair.second != pair.labels
+        gained, lost = (int(np.count_nonzero(x)) for x in (wrong & ~other, other & ~wrong))
+        bounds = metrics.paired_difference(gained, lost, wrong.size, population=ALL_IMAGES)
         one, another = _sampled(view, first), _sampled(view, second)
         if one is not None and another is not None:
-            return Difference(*sampled_difference(one, another))
-        wrong, other = pair.first != pair.labels, pair.second != pair.labels
-        return Difference(float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other))
+            return Difference(*sampled_difference(one, another), *bounds)
+        value, p = float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other)
+        return Difference(value, p, *bounds)
     runs = [view.predictions(row) for row in (*ours, *theirs)]
     stacked = np.stack([run for run in runs if run is not None])
     seen = (stacked != UNSEEN).all(axis=0)
@@ -209,7 +183,7 @@ def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
     all_wrong = stacked[:, seen] != np.asarray(view.evaluation.labels, dtype=np.int64)[seen]
     same = [row.uap_sha256 for row in ours] == [row.uap_sha256 for row in theirs]
     found = difference(all_wrong[: len(ours)], all_wrong[len(ours) :], same_seeds=same)
-    return Difference(found.value, found.p)
+    return Difference(found.value, found.p, found.low, found.high)
 
 
 def _sampled(view: View, row: ResultRow) -> Sampled | None:

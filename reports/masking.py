@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reports.inference import ALPHA
-from reports.masking_rules import Kind, Signal
+from reports.masking_rules import EQUIVALENT, Kind, Signal
 from reports.signals import MaskingVerdict, masking_verdicts
 from reports.view import View
 from reports.words import DASH, interval, label_of, listed, p_value, percent, plural
@@ -155,15 +155,15 @@ def _clear(verdicts: list[MaskingVerdict], *, outdone: bool) -> str:
     several = len(verdicts) > 1
     at_most = " at most" if several and largest >= 0.001 else ""
     near = [v.variant.label for v in verdicts if v.signals["control"].state == "unclear"]
-    ceiling = (
-        f" A control does as much on {listed(near)}, near the highest possible rate."
-        if near
-        else ""
-    )
+    ceiling = ""
+    if near:
+        ceiling = f" On {listed(near)}, near the highest rate, no control is shown to do less."
+    bounded = all((s.high or 0.0) < EQUIVALENT for s in free)
+    limit = "less than five points more" if bounded else "near the highest rate"
     shown_to_be = (
         f"shown to be less{' for each' if several else ''} ({p_value(largest)}{at_most}, {family})"
         if outdone
-        else f"no difference shown ({family}), and by less than five points more"
+        else f"no difference shown ({limit}; {family})"
     )
     return (
         "All signs were measured and none is raised. Gradients agree with the network to"

@@ -22,7 +22,6 @@ from reports.inference import (
     adjusted_apart,
     compare,
     near_ceiling,
-    paired_interval,
     rate_of,
 )
 from reports.masking_rules import Kind, Signal, State, Word, judge
@@ -61,8 +60,6 @@ class _Test:
     row: ResultRow
     own: ResultRow
     found: Difference
-    interval: tuple[float, float]
-    """Of the difference; not adjusted."""
 
 
 @dataclass
@@ -111,12 +108,7 @@ def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
             found_by = _wave_of(view, variant.gradient_free)
             others.append(("gradient_free", found_by, variant.gradient_free))
         tests += [
-            (
-                variant,
-                _Test(
-                    kind, name, row, own, compare(view, row, own), paired_interval(view, row, own)
-                ),
-            )
+            (variant, _Test(kind, name, row, own, compare(view, row, own)))
             for kind, name, row in others
         ]
     adjusted = adjusted_apart([v for v, _ in tests], [test.found.p for _, test in tests])
@@ -241,8 +233,8 @@ def _control(tested: _Tested) -> Signal:
 
 def _of_test(kind: Kind, state: State, test: _Test, p: float, family: int) -> Signal:
     own, other = rate_of(test.own), rate_of(test.row)
-    low, high = test.interval
-    return Signal(kind, state, other, own, low, high, other=test.other, p=p, family=family)
+    found = test.found
+    return Signal(kind, state, other, own, found.low, found.high, test.other, p, family)
 
 
 def _no_gradient(probe: Probed | None) -> Signal:

@@ -2,9 +2,9 @@
 
 Against the paper's SGD-UAP at the same number of gradient evaluations (docs/adr/0007): batches a
 fraction as large, so more steps; momentum over gradients brought to one size; a step that falls
-linearly; and a result that is chosen, on attack images, among the last iterate and three patterns
-that no gradient made (chessboard, random signs, the best plane wave of a short search), so that it
-does not lose to them. At small budgets the wave is often ahead of what gradients find.
+linearly; and a result that is chosen, on attack images, among the last iterate and patterns that no
+gradient made, so that it does not lose to them: chessboard, random signs, and, untargeted and where
+there are passes to spare, the best plane wave, which at small eps is often ahead of gradients.
 
 Enters: `harness.config.CraftConfig`'s numbers. Leaves: a rule for `harness.crafting.together`.
 """

@@ -22,7 +22,7 @@ from harness import metrics
 from harness.bootstrap import CONFIDENCE, difference, mean_over_seeds
 from harness.metrics import UNSEEN
 from harness.records import ResultRow
-from reports.inference import ALPHA
+from reports.inference import ALL_IMAGES, ALPHA
 from reports.paper.study import Cell
 from reports.view import View
 
@@ -30,8 +30,6 @@ MARGIN = 0.05
 """Two rates that differ by less than this are called as good as equal."""
 GREATLY = 0.10
 """The same where the paper says "not greatly"."""
-_ALL_IMAGES = 10**9
-"""The images that could have been drawn: an interval is not of these images alone."""
 
 Expects = Literal["lower", "higher", "same"]
 State = Literal["yes", "no", "open"]
@@ -187,7 +185,7 @@ def _exact(
 ) -> Estimated:
     gained, lost = int(np.count_nonzero(one & ~other)), int(np.count_nonzero(other & ~one))
     low, high = metrics.paired_difference(
-        gained, lost, one.size, population=_ALL_IMAGES, confidence=level
+        gained, lost, one.size, population=ALL_IMAGES, confidence=level
     )
     value, p = (gained - lost) / one.size, metrics.mcnemar(one, other)
     return Estimated(*means, value, low, high, p, one.size)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from reports.inference import mean_interval
 from reports.masking_rules import KINDS, Kind, Signal, State, judge
 
 ALL_CLEAR: dict[Kind, Signal] = {kind: Signal(kind, "clear", 0.3, 0.6) for kind in KINDS}
@@ -96,21 +94,3 @@ def test_a_rule(
 ) -> None:
     signals = ALL_CLEAR | changes
     assert judge(signals, **{"near_ceiling": False, **options}) == (word, because)
-
-
-def test_the_interval_by_hand_and_by_coverage() -> None:
-    # 59 pairs one way, 14 the other, of 340; with one pair more of each kind.
-    differences = np.array([1.0] * 59 + [-1.0] * 14 + [0.0] * 267)
-    low, high = mean_interval(differences)
-    assert low < 45 / 340 < high
-    spread = np.sqrt(74 / 342 - (45 / 342) ** 2)
-    assert high - low == pytest.approx(2 * 1.96 * spread / np.sqrt(342), rel=1e-4)
-    assert mean_interval(np.zeros(300))[1] == pytest.approx(0.0065, abs=0.0005)
-    rng = np.random.default_rng(0)
-    true = 0.25 - 0.10
-    covered = 0
-    for _ in range(500):
-        drawn = rng.choice([1.0, -1.0, 0.0], size=200, p=[0.25, 0.10, 0.65])
-        low, high = mean_interval(drawn)
-        covered += low <= true <= high
-    assert covered >= 460  # of 475 expected
