@@ -159,7 +159,11 @@ def _clear(verdicts: list[MaskingVerdict], *, outdone: bool) -> str:
     if near:
         ceiling = f" On {listed(near)}, near the highest rate, no control is shown to do less."
     bounded = all((s.high or 0.0) < EQUIVALENT for s in free)
-    limit = "less than five points more" if bounded else "near the highest rate"
+    limit = (
+        "less than five points more"
+        if bounded
+        else "less than five points more, or near the highest rate"
+    )
     shown_to_be = (
         f"shown to be less{' for each' if several else ''} ({p_value(largest)}{at_most}, {family})"
         if outdone
