@@ -54,11 +54,12 @@ def leave_one_out_names(context: Context, victim: str) -> list[UapName]:
 
 
 def gradient_free_names(context: Context, source: str) -> list[UapName]:
-    """What shows whether the gradients of a source are masked; none where all is crafted so."""
+    """What shows, at every budget, whether gradients were needed; none where all is crafted so."""
     if context.config.attack == GRADIENT_FREE:
         return []
-    name = transfer_name(context, source)
-    return [replace(name, attack=GRADIENT_FREE)]
+    own_seed = context.config.seed
+    names = [name for name in white_box_names(context, source) if name.seed == own_seed]
+    return [replace(name, attack=GRADIENT_FREE) for name in names]
 
 
 def control_names(context: Context) -> list[UapName]:
