@@ -86,6 +86,15 @@ def curve_panel(
         styles: dict[str, dict[str, Any]] = {
             "white-box": {"color": colour, "lw": 2.2, "marker": "o", "ms": 4, "zorder": 4},
             "full": {"color": METHOD_COLOURS["full"], "lw": 1.1, "zorder": 2},
+            "search": {
+                "color": _INK,
+                "ls": "",
+                "marker": "o",
+                "ms": 4.2,
+                "mfc": _PAPER,
+                "mew": 1.0,
+                "zorder": 5,
+            },
             "chessboard": {"color": _SOFT, "lw": 1.3, "ls": (0, (1.2, 1.6)), "zorder": 3},
             "random": {"color": _SOFT, "lw": 1.2, "ls": (0, (5, 2.5)), "zorder": 3},
             "paper": {"color": _INK, "lw": 1.3, "ls": (0, (5, 2.5)), "zorder": 5},

@@ -5,6 +5,7 @@ Enters: a `View`. Leaves: SVG panels, heat-map cells, captions; an empty figure 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from reports import figures
 from reports.advice import COSTS, Cost, latency_caveat, rated
 from reports.choosing import pareto_front
 from reports.figures import Line, Point
-from reports.inference import ALPHA, adjusted_apart, mean_difference
+from reports.inference import ALPHA, adjusted_apart, compare, mean_difference
 from reports.signals import masking_verdicts
 from reports.view import VariantView, View
 from reports.words import clean_text, epsilon, listed, method_colour, method_css, percent
@@ -115,9 +116,8 @@ def curves(view: View) -> Figure:
     attacked = [v for v in view.variants if v.curve]
     if not attacked:
         return Figure("No variant was attacked with perturbations crafted on itself.")
-    budgets = sorted(
-        {r.eps for v in attacked for r in (*v.curve, *_controls(v)) if r.eps is not None}
-    )
+    drawn = [r for v in attacked for r in (*v.curve, *v.searches, *_controls(v))]
+    budgets = sorted({row.eps for row in drawn if row.eps is not None})
     full = view.full
     panels = tuple(
         Panel(
@@ -153,11 +153,42 @@ def curves(view: View) -> Figure:
             text += f" {at} the crafted perturbation is not shown to do more than every control on"
             text += f" {listed(by_state['unclear'])}."
     keys = [("line-own", "white-box, the variant itself"), ("line-full", "Full, white-box")]
+    if any(v.searches for v in attacked):
+        text += _searches(view, attacked)
+        keys.append(("line-search", "on the variant itself, without gradients"))
     if any(_controls(v) for v in attacked):
         keys += [("line-chess", "chessboard control"), ("line-random", "random-sign control")]
     else:
         text += " No controls were measured, so nothing shows what an arbitrary pattern would do."
     return Figure(text, panels, tuple(keys))
+
+
+def _searches(view: View, attacked: list[VariantView]) -> str:
+    """At which budgets no gradient is needed; one family of paired tests over all that is drawn."""
+    pairs = [
+        (variant, search, own)
+        for variant in attacked
+        for search in variant.searches
+        for own in variant.curve
+        if own.eps == search.eps
+    ]
+    tests = [compare(view, search, own) for _, search, own in pairs]
+    adjusted = adjusted_apart([v for v, _, _ in pairs], [test.p for test in tests])
+    asked = Counter(search.eps or 0.0 for _, search, _ in pairs)
+    more = Counter(
+        search.eps or 0.0
+        for (_, search, _), test, p in zip(pairs, tests, adjusted, strict=True)
+        if p < ALPHA and test.value > 0
+    )
+    if not more:
+        return " No search without gradients is shown to do more than these perturbations."
+    where = [
+        f"{more[eps]} of {asked[eps]} at \u03b5 = {eps:g}" for eps in sorted(asked) if more[eps]
+    ]
+    return (
+        " Of the variants, perturbations found without a single gradient are shown to do more on"
+        f" {listed(where)}."
+    )
 
 
 def _controls(variant: VariantView) -> list[ResultRow]:
@@ -170,6 +201,7 @@ def _lines(variant: VariantView, full: VariantView | None) -> list[Line]:
     if full is not None:
         lines.append(_line("full", full.curve))
     lines.append(_line("white-box", variant.curve, band=True))
+    lines.append(_line("search", variant.searches))
     return [line for line in lines if line.xs]
 
 

@@ -68,7 +68,7 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         return _averaged(estimated(row, predicted=predicted, labels=labels), seeds)
 
     kept = [shown(row) for row in on_set if _in_headline(row, craft)]
-    free = [shown(row) for row in on_set if _is_gradient_free(row, craft, reference)]
+    free = [shown(row) for row in on_set if _is_gradient_free(row, craft)]
     models, timings = store.models(), latest_latencies(store)
     devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
     by_device = {
@@ -76,7 +76,7 @@ def build_view(store: Store, *, device: str | None = None) -> View:
             [row for row in kept if _device(row) == place],
             models,
             {} if place.emulated else timings,
-            gradient_free={row.variant: row for row in free if _device(row) == place},
+            searches=[row for row in free if _device(row) == place],
             reference=reference,
             targeted_eps=targeted_eps,
         )
@@ -105,7 +105,7 @@ def _variants(
     models: dict[str, ModelRecord],
     timings: dict[tuple[str, str, str], tuple[str, Latency]],
     *,
-    gradient_free: dict[str, ResultRow],
+    searches: list[ResultRow],
     reference: float | None,
     targeted_eps: float | None,
 ) -> tuple[VariantView, ...]:
@@ -149,7 +149,8 @@ def _variants(
                 any_row=first,
                 timing=timings.get((first.model_sha256, first.device, DEPLOYED)),
                 lowest_agreement=min(agreements, default=None),
-                gradient_free=gradient_free.get(name),
+                searches=_by_eps([row for row in searches if row.variant == name]),
+                reference_eps=reference,
             )
         )
     return tuple(views)
@@ -173,7 +174,15 @@ def _headline_device(rows: list[ResultRow], device: str | None) -> DeviceId:
 
 
 def _headline_craft(rows: list[ResultRow]) -> Craft | None:
-    """The (protocol, attack, seed) with most untargeted rows; the newest where they tie."""
+    """The (protocol, attack, seed) with most untargeted rows; the newest where they tie.
+
+    Not that of searches alone, which stand beside what they check: on one model they are as many.
+    """
+    campaigns = {
+        _craft(row) for row in rows if row.target is not None or row.uap_source != row.variant
+    }
+    main = [row for row in rows if row.attack not in GRADIENT_FREE or _craft(row) in campaigns]
+    rows = main if any(_craft(row) is not None for row in main) else rows
     crafts = [c for row in rows if row.target is None and (c := _craft(row)) is not None]
     crafts = crafts or [c for row in rows if (c := _craft(row)) is not None]
     counts, newest = Counter(crafts), {craft: rank for rank, craft in enumerate(crafts)}
@@ -215,14 +224,20 @@ def _targeted_eps(
     )
 
 
-def _is_gradient_free(row: ResultRow, craft: Craft | None, reference: float | None) -> bool:
+def _by_eps(rows: list[ResultRow]) -> tuple[ResultRow, ...]:
+    """One row a budget, ascending; rows come by recency, and the newest is kept."""
+    newest = {row.eps or 0.0: row for row in rows}
+    return tuple(newest[eps] for eps in sorted(newest))
+
+
+def _is_gradient_free(row: ResultRow, craft: Craft | None) -> bool:
     """A search on the victim itself, beside a headline attack that uses gradients."""
     return (
         row.attack in GRADIENT_FREE
         and craft is not None
         and craft[:1] == (row.protocol or "",)
         and craft[1] not in GRADIENT_FREE
-        and (row.uap_source, row.target, row.eps) == (row.variant, None, reference)
+        and (row.uap_source, row.target) == (row.variant, None)
     )
 
 

@@ -63,8 +63,9 @@ class VariantView:
     timing: tuple[str, Latency] | None
     lowest_agreement: float | None
     """Lowest agreement with PyTorch over clean and attacked images."""
-    gradient_free: ResultRow | None = None
-    """Under a perturbation crafted on itself without gradients, at the reference eps."""
+    searches: tuple[ResultRow, ...] = ()
+    """Under perturbations crafted on itself without gradients, by eps."""
+    reference_eps: float | None = None
 
     @property
     def label(self) -> str:
@@ -77,6 +78,11 @@ class VariantView:
     @property
     def white_box(self) -> ResultRow | None:
         return self.attacked.get(self.name)
+
+    @property
+    def gradient_free(self) -> ResultRow | None:
+        """Under a perturbation crafted on itself without gradients, at the reference eps."""
+        return next((row for row in self.searches if row.eps == self.reference_eps), None)
 
     @property
     def transfers(self) -> list[ResultRow]:

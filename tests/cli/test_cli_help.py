@@ -313,7 +313,7 @@ def test_what_commands_print_is_what_they_made(run: Run, workspace: Path) -> Non
     out = succeeded(run("export", "--all", cwd=workspace)).out
     assert out.split() == [f"cache/{name}.onnx" for name in PAPER_ORDER]
     out = succeeded(run("craft", "--model", "sfp", "--json", cwd=workspace)).out
-    ends = ("eps4", "eps10", "eps10_t0", "eps10_t1", "eps10_fourier")
+    ends = ("eps4", "eps10", "eps10_t0", "eps10_t1", "eps4_fourier", "eps10_fourier")
     assert json.loads(out) == [f"cache/sfp_{end}.pt" for end in ends]
     out = succeeded(run("craft", "--model", "sfp", "--eps", "4", "--eps", "10", cwd=workspace)).out
     assert out.split() == ["cache/sfp_eps4.pt", "cache/sfp_eps10.pt"]

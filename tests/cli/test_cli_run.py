@@ -88,7 +88,7 @@ def test_the_report_is_six_files_and_the_page_stands_alone(tiny: Tiny) -> None:
     page = (tiny.root / "report" / "index.html").read_text()
     for label in ("SFP+M", "PP3", "Q2"):
         assert label in page
-    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 420
+    assert len(json.loads((tiny.root / "report" / "results.json").read_text())) == 440
 
 
 def test_the_cache_holds_what_the_experiment_implies(tiny: Tiny) -> None:
@@ -96,7 +96,7 @@ def test_the_cache_holds_what_the_experiment_implies(tiny: Tiny) -> None:
     expected |= {f"{s}_eps{e}.pt" for s in (*PAPER_ORDER, *CONTROLS) for e in EPS}
     expected |= {f"{v}_eps10_t{t}.pt" for v in PAPER_ORDER for t in TARGETS}
     expected |= {"fleet_eps10.pt", *(f"fleet_without_{v}_eps10.pt" for v in PAPER_ORDER)}
-    expected |= {f"{v}_eps10_fourier.pt" for v in PAPER_ORDER}
+    expected |= {f"{v}_eps{e}_fourier.pt" for v in PAPER_ORDER for e in EPS}
     assert set(artefacts(tiny.root)) == expected
     assert not list((tiny.root / "cache" / ".partial").glob("*"))  # and nothing unfinished
 
@@ -135,7 +135,7 @@ def test_rows_are_exactly_the_experiment(rows: list[Row]) -> None:
         expected |= {(victim, rt, *a, False) for a in attacks for rt in both}
         expected |= {(victim, rt, victim, 10, None, True) for rt in both}  # without gradients
     found = [(*(r[key] for key in KEYS), r["attack"] == "fourier") for r in rows]
-    assert len(found) == len(set(found)) == 420
+    assert len(found) == len(set(found)) == 440
     assert set(found) == expected
 
 
@@ -291,7 +291,7 @@ def test_of_some_variants_only_what_they_need_and_no_fleet(empty: Path, tiny: Ti
     }
     expected |= {f"{s}_eps{e}.pt" for s in ("pp3", "q4", *CONTROLS) for e in EPS}
     expected |= {f"{v}_eps10_t{t}.pt" for v in ("pp3", "q4") for t in TARGETS}
-    expected |= {f"{v}_eps10_fourier.pt" for v in ("pp3", "q4")}
+    expected |= {f"{v}_eps{e}_fourier.pt" for v in ("pp3", "q4") for e in EPS}
     made = artefacts(empty)
     assert set(made) == expected
     files = json.loads((empty / "report" / "results.json").read_text())

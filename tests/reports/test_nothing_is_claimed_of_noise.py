@@ -77,7 +77,9 @@ def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, craftin
     }
     targeted = {(name, t): uap(name, 10.0, t) for name in names for t in range(2)}
     searched = {
-        name: uap(name, 10.0, sha256=synthetic.sha("f", name), attack="fourier") for name in names
+        (name, eps): uap(name, eps, sha256=synthetic.sha("f", name, eps), attack="fourier")
+        for name in names
+        for eps in (8.0, 10.0)
     }
     for record in (*perturbations.values(), *targeted.values(), *searched.values()):
         store.add_uap(record)
@@ -90,7 +92,7 @@ def null_store(path: Path, seed: int, *, names: tuple[str, ...] = NAMES, craftin
             return np.where(wrong, (labels + 1) % 10, labels)
 
         runs.append(planter.run(name, None, errs(1.8)))
-        runs.append(planter.run(name, searched[name], errs(0.0)))
+        runs += [planter.run(name, searched[name, eps], errs(0.0)) for eps in (8.0, 10.0)]
         for (source, eps, _), record in perturbations.items():
             if eps == 10.0 or source in (name, "random", "chessboard"):
                 runs.append(planter.run(name, record, errs(0.0)))
