@@ -90,7 +90,7 @@ def export_model(
             mask that cannot be exported.
     """
     image_shape, properties = check_request(
-        model, out=out, calibration=calibration, metadata=metadata, classes=classes
+        len(model.fc.bias), out=out, calibration=calibration, metadata=metadata, classes=classes
     )
     slimming: SlimReport | None = None
     margins: list[dict[str, Any]] | None = None
@@ -147,7 +147,7 @@ def _other_widths(
 
 
 def check_request(
-    model: FoldedResNet | IntegerResNet,
+    logits: int,
     *,
     out: Path,
     calibration: Images,
@@ -155,6 +155,13 @@ def check_request(
     classes: tuple[str, ...],
 ) -> tuple[tuple[int, int, int], dict[str, str]]:
     """((C, H, W) of the images, the properties the file will hold) of a request that makes sense.
+
+    Args:
+        logits: how many the model returns for an image.
+        out: as `export_model` has it; so are the others.
+        calibration: uint8 [N, C, H, W].
+        metadata: of the file.
+        classes: names, as many as logits, or none.
 
     Raises:
         ValueError: calibration images, file name, class names or metadata of the wrong form.
@@ -167,7 +174,7 @@ def check_request(
         raise ValueError(f"the exported file must be called *.onnx, not {out.name}")
     channels, height, width = calibration.shape[1:]
     properties = dict(metadata)
-    _check_classes(model, classes, properties)
+    _check_classes(logits, classes, properties)
     if classes:
         properties[_CLASSES] = json.dumps(classes, ensure_ascii=False)
     return (channels, height, width), properties
@@ -203,19 +210,24 @@ def save_export(
     image_shape = (channels, height, width)
     cost = cost_card(content, image_shape=image_shape)
     sha256 = hashlib.sha256(content).hexdigest()
+    exact = details.get("exact", True)
     manifest = {
+        "min_onnxruntime": MIN_ONNXRUNTIME if exact else None,
         **details,
         "format": FORMAT_VERSION,
         "sha256": sha256,
         "metadata": dict(metadata),
         "classes": list(classes),
-        "input": {"name": "image", "dtype": "uint8", "shape": ["N", *image_shape]},
+        "input": {
+            "name": "image",
+            "dtype": "uint8",
+            "shape": [details.get("batch") or "N", *image_shape],
+        },
         "cost": asdict(cost),
         "slimming": None if slimming is None else asdict(slimming),
         "agreement": asdict(agreement),
         "agreement_images_sha256": hashlib.sha256(calibration.tobytes()).hexdigest(),
         "min_opset": cost.opset,
-        "min_onnxruntime": MIN_ONNXRUNTIME if details.get("exact", True) else None,
         "checked_with": {"onnxruntime": agreement.runtime_version},
         NOMINAL_BITS: {layer["name"]: layer["bits_nominal"] for layer in cost.layers},
     }
@@ -233,10 +245,7 @@ def _as_text(manifest: Mapping[str, Any]) -> bytes:
     return (text + "\n").encode()
 
 
-def _check_classes(
-    model: FoldedResNet | IntegerResNet, classes: tuple[str, ...], properties: Mapping[str, str]
-) -> None:
-    logits = len(model.fc.bias)
+def _check_classes(logits: int, classes: tuple[str, ...], properties: Mapping[str, str]) -> None:
     if classes and len(classes) != logits:
         raise ValueError(f"{len(classes)} class names for a model of {logits} classes")
     if _CLASSES in properties:

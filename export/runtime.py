@@ -21,7 +21,8 @@ Images = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
 Arrays = list[npt.NDArray[Any]]
 
-_LOG_ERRORS_ONLY = 3
+_LOG_FATAL_ONLY = 4
+"""Errors come as exceptions; printed besides, they would be said twice."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _LOG_FATAL_ONLY
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if settings.optimise else levels.ORT_DISABLE_ALL

@@ -76,7 +76,7 @@ def export_static_int8(
         ValueError: calibration images, file name, class names or metadata of the wrong form.
     """
     image_shape, properties = check_request(
-        model, out=out, calibration=calibration, metadata=metadata, classes=classes
+        len(model.fc.bias), out=out, calibration=calibration, metadata=metadata, classes=classes
     )
     graph = float_graph(model, image_shape=image_shape, metadata={})
     content = quantise(graph, calibration, metadata=properties)

@@ -216,6 +216,12 @@ class Store:
             records = list({record.variant: record for record in records}.values())
         return {record.sha256: record for record in records}
 
+    def first_measured(self) -> list[str]:
+        """The names of models, by when a file of that name was first run."""
+        query = """SELECT variant FROM model JOIN prediction_run ON model_sha256 = model.sha256
+            GROUP BY variant ORDER BY min(prediction_run.id)"""
+        return [row["variant"] for row in self._db.execute(query)]
+
     def uaps(self) -> dict[str, UapRecord]:
         """Every perturbation by sha256: brought ones first, then the workspace's, newest last."""
         rows = self._db.execute("SELECT * FROM uap ORDER BY own, registered")

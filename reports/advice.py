@@ -75,7 +75,7 @@ def latency_caveat(view: View) -> str:
 def not_faster(view: View) -> list[str]:
     """Compression that did not speed up: said outright, since it is what people expect of it."""
     timed = {v.name: v for v in view.variants if _latency(v) is not None}
-    full = timed.get("full")
+    full = timed.get(view.baseline_name)
     if view.device.emulated or full is None or len(timed) < 2:
         return []
     baseline = _latency(full) or 0.0
@@ -165,12 +165,13 @@ def _accuracy_lead(view: View, accurate: VariantView) -> str:
 
 def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
     front = [points[i] for i in pareto_front([(value, uer) for _, value, uer in points])]
-    cheapest, value, uer = front[0]
+    chosen = _most_accurate(view, front[0], points)
+    cheapest, value, uer = chosen
     text = (
         f"If {cost.phrase} is the limit, take {cheapest.label}: {cost.show(value)},"
         f" {percent(uer)} wrong at worst{_accuracy(cheapest)}."
     )
-    text += _as_cheap(view, front[0], points)
+    text += _as_cheap(view, chosen, points)
     if cost.key == "latency":
         text += _as_fast(cheapest, points)
     steps = front[1:]
@@ -188,6 +189,15 @@ def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
         text += " No difference shown to the more expensive ones on the front"
         text += f" ({listed([v.label for v, _, _ in steps])})."
     return text
+
+
+def _most_accurate(view: View, chosen: Rated, points: list[Rated]) -> Rated:
+    """Of those that cost the same and are not shown to differ, the best on clean images."""
+    same = [p for p in points if p[1] == chosen[1] and p[0] is not chosen[0]]
+    pairs = [(v.worst, chosen[0].worst) for v, _, _ in same]
+    adjusted = paired(view, [(a, b) for a, b in pairs if a is not None and b is not None])
+    level = [chosen, *(rated for rated, p in zip(same, adjusted, strict=True) if p >= ALPHA)]
+    return max(level, key=lambda r: (r[0].clean.clean_accuracy or 0.0) if r[0].clean else 0.0)
 
 
 def _as_cheap(

@@ -15,8 +15,8 @@ from reports.inference import (
     MARGIN,
     ROUNDING,
     Comparison,
-    against_full,
-    against_full_at,
+    against_baseline,
+    against_baseline_at,
     ceiling,
     near_ceiling,
     paired,
@@ -46,15 +46,16 @@ def headline(view: View) -> str:
             f"Only {only.label} {which}: {at} it errs on {_worst(only)} of the images."
             " There is nothing to compare it with."
         )
-    if view.full not in rated:
-        return f"There is no attacked Full model to compare with: {at} {_pairwise(view, rated)}"
-    tests = sorted(against_full(view, "worst"), key=lambda test: test.rate)
+    base = view.baseline_label
+    if view.baseline not in rated:
+        return f"There is no attacked {base} model to compare with: {at} {_pairwise(view, rated)}"
+    tests = sorted(against_baseline(view, "worst"), key=lambda test: test.rate)
     better = [test for test in tests if test.matters and test.difference < 0]
     worse = [test for test in tests if test.matters and test.difference > 0]
-    text = _survivors(view, at, better) if better else _no_survivor(at, tests)
+    text = _survivors(view, at, better) if better else _no_survivor(view, at, tests)
     if worse:
         verb = "is" if len(worse) == 1 else "are"
-        text += f" {names_of(worse)} {verb} shown to be more fragile than Full."
+        text += f" {names_of(worse)} {verb} shown to be more fragile than {base}."
     text += _price(view, better)
     text += _with_more_room(view, tests)
     spared = [v.label for v in rated if v.white_box is None]
@@ -87,15 +88,15 @@ def _pairwise(view: View, rated: list[VariantView]) -> str:
 
 
 def _survivors(view: View, at: str, better: list[Comparison]) -> str:
-    """Who beats Full; one is called the best only where it is shown to beat the next."""
+    """Who beats the baseline; one is called the best only where it is shown to beat the next."""
     lowest, base = better[0].rate, better[0].baseline_rate
     poor = ", none of them well" if lowest >= POOR and len(better) > 1 else ""
     poor = ", though not well" if lowest >= POOR and len(better) == 1 else poor
     verb = "survives" if len(better) == 1 else "survive"
     text = (
-        f"{names_of(better)} {verb} better than the uncompressed Full model{poor}: {at}"
+        f"{names_of(better)} {verb} better than {view.compared_with}{poor}: {at}"
         f" {'it errs' if len(better) == 1 else 'they err'} on {rates_of(better)} of the images,"
-        f" Full on {percent(base)}."
+        f" {view.baseline_label} on {percent(base)}."
     )
     if len(better) > 1:
         first, rest = better[0], better[1:]
@@ -113,29 +114,30 @@ def _price(view: View, better: list[Comparison]) -> str:
     survivors = {test.variant.name for test in better}
     paid = [
         test
-        for test in against_full(view, "clean")
+        for test in against_baseline(view, "clean")
         if test.variant.name in survivors and test.shown and test.difference > 0
     ]
     if not paid:
         return ""
     costs = listed([f"{test.variant.label} errs on {percent(test.rate)}" for test in paid])
-    return f" The price: on clean images {costs}, Full on {percent(paid[0].baseline_rate)}."
+    base = f"{view.baseline_label} on {percent(paid[0].baseline_rate)}"
+    return f" The price: on clean images {costs}, {base}."
 
 
-def _no_survivor(at: str, tests: list[Comparison]) -> str:
+def _no_survivor(view: View, at: str, tests: list[Comparison]) -> str:
     who = f"{tests[0].variant.label} errs" if len(tests) == 1 else "the others err"
     slightly = any(test.shown and test.difference < 0 for test in tests)
     by = f" by {ENOUGH} or more" if slightly else ""
     return (
-        "No compressed variant is shown to survive better than the uncompressed Full model"
-        f"{by}: {at} Full errs on {percent(tests[0].baseline_rate)} of the images, {who} on"
+        f"No {view.other} is shown to survive better than {view.compared_with}{by}: {at}"
+        f" {view.baseline_label} errs on {percent(tests[0].baseline_rate)} of the images, {who} on"
         f" {rates_of(tests)}."
     )
 
 
 def _with_more_room(view: View, tests: Sequence[Comparison]) -> str:
-    """Where all are as good as guessing: what a budget says that Full half withstands."""
-    full = view.full
+    """Where all are as good as guessing: what a budget says that the baseline half withstands."""
+    full = view.baseline
     rates = [tests[0].baseline_rate, *(test.rate for test in tests)]
     everyone = all(near_ceiling(view, rate) for rate in rates)
     if full is None or not everyone or any(test.matters for test in tests):
@@ -152,10 +154,10 @@ def _with_more_room(view: View, tests: Sequence[Comparison]) -> str:
     if not smaller:
         return text
     eps = min(smaller, key=lambda eps: abs(smaller[eps] - half))
-    found = sorted(against_full_at(view, eps), key=lambda test: test.rate)
+    found = sorted(against_baseline_at(view, eps), key=lambda test: test.rate)
     if not found:
         return text
-    text += f" At {epsilon(eps)}, each under its own perturbation, Full errs on"
+    text += f" At {epsilon(eps)}, each under its own perturbation, {full.label} errs on"
     text += f" {percent(smaller[eps])} (clean {percent(clean)})"
     less = [test for test in found if test.matters and test.difference < 0]
     more = [test for test in found if test.matters and test.difference > 0]

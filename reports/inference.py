@@ -75,26 +75,26 @@ def measured(variant: VariantView, measure: Measure) -> ResultRow | None:
     return rows[measure]
 
 
-def against_full(view: View, measure: Measure) -> list[Comparison]:
-    """Every variant's error rate against `full`'s; the rates are error rates for `clean` too."""
-    base = measured(view.full, measure) if view.full else None
+def against_baseline(view: View, measure: Measure) -> list[Comparison]:
+    """Every variant's error rate against the baseline's; error rates for `clean` too."""
+    base = measured(view.baseline, measure) if view.baseline else None
     if base is None:
         return []
     others = [
         (v, row)
         for v in view.variants
-        if v.name != "full"
+        if v is not view.baseline
         and (measure != "worst" or view.comparable(v))
         and (row := measured(v, measure)) is not None
     ]
     return _against(view, base, others)
 
 
-def against_full_at(view: View, eps: float) -> list[Comparison]:
+def against_baseline_at(view: View, eps: float) -> list[Comparison]:
     """The same of white-box rates at any budget."""
     rows = {v.name: row for v in view.variants for row in v.curve if row.eps == eps}
-    base = rows.get("full")
-    others = [(v, rows[v.name]) for v in view.variants if v.name in rows and v.name != "full"]
+    base = rows.get(view.baseline_name)
+    others = [(v, rows[v.name]) for v in view.variants if v.name in rows and v is not view.baseline]
     return [] if base is None else _against(view, base, others)
 
 

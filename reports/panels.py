@@ -118,7 +118,7 @@ def curves(view: View) -> Figure:
         return Figure("No variant was attacked with perturbations crafted on itself.")
     drawn = [r for v in attacked for r in (*v.curve, *v.searches, *_controls(v))]
     budgets = sorted({row.eps for row in drawn if row.eps is not None})
-    full = view.full
+    full = view.baseline
     panels = tuple(
         Panel(
             v.label,
@@ -152,7 +152,9 @@ def curves(view: View) -> Figure:
         if by_state["unclear"]:
             text += f" {at} the crafted perturbation is not shown to do more than every control on"
             text += f" {listed(by_state['unclear'])}."
-    keys = [("line-own", "white-box, the variant itself"), ("line-full", "Full, white-box")]
+    keys = [("line-own", "white-box, the variant itself")]
+    if full is not None and any(v is not full for v in attacked):
+        keys.append(("line-full", f"{full.label}, white-box"))
     if any(v.searches for v in attacked):
         text += _searches(view, attacked)
         keys.append(("line-search", "on the variant itself, without gradients"))
@@ -233,7 +235,7 @@ def _range(variants: list[VariantView], eps: float) -> str:
 
 def bars(view: View) -> Figure:
     """Targeted success by target class: each compressed variant against Full."""
-    full = view.full
+    full = view.baseline
     base = full.targeted if full is not None else {}
     shown = [v for v in view.variants if v.targeted and v is not full]
     if not shown and not base:
@@ -269,8 +271,8 @@ def bars(view: View) -> Figure:
                 + (f"; {MAX_CLASSES} highest classes" if cut else ""),
             )
         )
-    keys = [("box-full", "Full")] if base else []
-    keys.append(("box-own", "the compressed variant" if base else "the variant"))
+    keys = [("box-full", view.baseline_label)] if base else []
+    keys.append(("box-own", f"the {view.other}" if base else "the variant"))
     return Figure(_bars_caption(view, shown, full if base else None), tuple(panels), tuple(keys))
 
 
@@ -278,13 +280,14 @@ def _bars_caption(view: View, shown: list[VariantView], full: VariantView | None
     means = [(v.mean_tsr, v.label) for v in shown if v.mean_tsr is not None]
     low, high = min(means), max(means)
     text = (
-        "Blue above orange: Full was steered to that class more often than the compressed variant;"
+        f"Blue above orange: {view.baseline_label} was steered to that class more often than the"
+        f" {view.other};"
     )
     text += " orange above blue: less often. Single bars are not tested. "
     text = text if full is not None else ""
     text += f"Mean TSR goes from {percent(low[0])} ({low[1]}) to {percent(high[0])} ({high[1]})"
     if full is not None:
-        text += f"; Full has {percent(full.mean_tsr)}"
+        text += f"; {full.label} has {percent(full.mean_tsr)}"
     if view.targeted_eps is not None:
         text += f", all at {epsilon(view.targeted_eps)}"
     return text + "." + (_mean_tests(view, shown, full) if full is not None else "")
@@ -303,7 +306,7 @@ def _mean_tests(view: View, shown: list[VariantView], full: VariantView) -> str:
         if p < ALPHA and pair.value:
             said["lower" if pair.value < 0 else "higher"].append(variant.label)
     text = "".join(f" Shown to be {way}: {listed(who)}." for way, who in said.items() if who)
-    return text or " No mean is shown to differ from Full\u2019s."
+    return text or f" No mean is shown to differ from {full.label}\u2019s."
 
 
 def _tsr(row: ResultRow) -> float:

@@ -148,8 +148,8 @@ def _attacked(
 
 
 def _shown_run(view: View, source: str) -> ResultRow | None:
-    """Whose predictions stand under the pictures: the source's own; else Full's."""
-    name = "full" if source in (FLEET, *CONTROLS) else source
+    """Whose predictions stand under the pictures: the source's own; else the baseline's."""
+    name = view.baseline_name if source in (FLEET, *CONTROLS) else source
     victim = next((v for v in view.variants if v.name == name), None)
     return victim.attacked.get(source) if victim else None
 

@@ -31,7 +31,12 @@ class ReportPaths:
 
 
 def write_report(
-    store: Store, out_dir: Path, *, device: str | None = None, beside: Store | None = None
+    store: Store,
+    out_dir: Path,
+    *,
+    device: str | None = None,
+    beside: Store | None = None,
+    baseline: str | None = None,
 ) -> ReportPaths:
     """Write the report of everything in `store` into `out_dir`, creating it.
 
@@ -39,18 +44,19 @@ def write_report(
         store: what to report.
         out_dir: where.
         device: the headline is about it; by default `local`, else the device with most rows.
+        baseline: the model that the others are compared with; `build_view` says which by default.
         beside: a run on the other of the paper's two data sets, for its claims about both.
 
     Raises:
-        HarnessError: no results yet, none of that device, `beside` is not of the other data set,
-            or the folder cannot be written.
+        HarnessError: no results yet, none of that device or baseline, `beside` is not of the other
+            data set, or the folder cannot be written.
     """
     # matplotlib and jinja2 wait until there is something to draw.
     from reports import masking_table, page, tables
     from reports.paper.page import paper_files
     from reports.selection import build_view
 
-    view = build_view(store, device=device)
+    view = build_view(store, device=device, baseline=baseline)
     against = paper_files(view, build_view(beside, device=device) if beside else None)
     paper, paper_json = out_dir / "paper.html", out_dir / "paper.json"
     paths = ReportPaths(

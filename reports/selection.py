@@ -13,7 +13,15 @@ import numpy as np
 
 from harness.latencies import latest_latencies
 from harness.metrics import Classes, Latency
-from harness.records import CONTROLS, DERIVED, HarnessError, Machine, ModelRecord, ResultRow
+from harness.records import (
+    CONTROLS,
+    DEPLOYABLE,
+    DERIVED,
+    HarnessError,
+    Machine,
+    ModelRecord,
+    ResultRow,
+)
 from harness.results import current_runs, result_rows
 from harness.seeds import SeedGroup, key_of, seed_groups
 from harness.sources import left_out
@@ -26,11 +34,17 @@ REFERENCE_EPS = 10.0
 DEPLOYED = "onnxruntime"
 
 
-def build_view(store: Store, *, device: str | None = None) -> View:
+def build_view(store: Store, *, device: str | None = None, baseline: str | None = None) -> View:
     """Choose the headline device, evaluation set and crafting run, and gather their numbers.
 
+    Args:
+        store: what was measured.
+        device: what the headline is about; by default `local`, else that with most rows.
+        baseline: the model that others are compared with; by default `full`, or, where there are
+            only models that the user brought, the one measured first.
+
     Raises:
-        HarnessError: no deployed results at all, or none on `device`.
+        HarnessError: no deployed results at all, or none on `device` or of `baseline`.
     """
     rows = result_rows(store)
     deployed = [row for row in rows if row.runtime == DEPLOYED]
@@ -82,7 +96,13 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         )
         for place in devices
     }
+    base = _baseline_name(store, by_device[chosen], baseline)
+    by_device = {
+        place: tuple(sorted(variants, key=lambda v: v.name != base))
+        for place, variants in by_device.items()
+    }
     return View(
+        baseline_name=base,
         device=chosen,
         devices=devices,
         evaluation=evaluation,
@@ -98,6 +118,19 @@ def build_view(store: Store, *, device: str | None = None) -> View:
         seeds=seeds,
         notes=_notes(deployed, on_set, [*kept, *free], seeds, here) + _outdated(by_device[chosen]),
     )
+
+
+def _baseline_name(store: Store, variants: tuple[VariantView, ...], wanted: str | None) -> str:
+    names = [variant.name for variant in variants]
+    if wanted is not None:
+        if wanted not in names:
+            raise HarnessError(
+                f"no results of {wanted!r} to compare with: choose from {', '.join(names)}"
+            )
+        return wanted
+    if any(name in DEPLOYABLE for name in names):
+        return "full"
+    return next((name for name in store.first_measured() if name in names), "full")
 
 
 def _variants(

@@ -91,13 +91,16 @@ def _verdicts(view: View) -> list[MaskingVerdict]:
 def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
     """Every other perturbation against the variant's own; one family over the experiment's."""
     tests: list[tuple[VariantView, _Test]] = []
+    models = {v.name for v in view.variants}
     for variant in variants:
+        # What a user brought is no part of the experiment, but stands beside what they brought.
+        sources = PAPER_ORDER if variant.name in PAPER_ORDER else models
         own = variant.white_box
         assert own is not None
         others: list[tuple[Kind, str, ResultRow]] = [
             ("transfer", row.uap_source or "", row)
             for row in variant.transfers
-            if row.uap_source in PAPER_ORDER  # what a user brought is no part of the experiment
+            if row.uap_source in sources
         ]
         others += [
             ("control", name, variant.attacked[name])

@@ -57,14 +57,15 @@ def transfer_matrix(
 ) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
     """(sources, [(victim, UER per source)]) at an eps.
 
-    Variants first, then the fleet and, under `LEAVE_ONE_OUT`, the fleet without the victim;
-    controls last.
+    The baseline and the variants first, then the fleet and, under `LEAVE_ONE_OUT`, the fleet
+    without the victim; controls last.
     """
     rows = {v.name: dict(v.by_eps.get(eps or 0.0, {})) for v in view.variants}
     for v in view.variants:
         if eps in v.left_out:
             rows[v.name][LEAVE_ONE_OUT] = v.left_out[eps]
-    sources = sorted({s for attacked in rows.values() for s in attacked}, key=paper_rank)
+    found = {source for attacked in rows.values() for source in attacked}
+    sources = sorted(found, key=lambda s: (s != view.baseline_name, paper_rank(s)))
     return sources, [
         (name, [attacked[s].uer if s in attacked else None for s in sources])
         for name, attacked in rows.items()

@@ -10,17 +10,17 @@ from harness.seeds import METHOD
 from reports import advice
 from reports.estimates import sample_sizes
 from reports.headline import names_of, rates_of
-from reports.inference import ALPHA, Comparison, Measure, against_full, ceiling
+from reports.inference import ALPHA, Comparison, Measure, against_baseline, ceiling
 from reports.masking import Group, Sentence, masking_group
 from reports.view import View
-from reports.words import interval, listed, p_value, percent, points, span
+from reports.words import interval, label_of, listed, p_value, percent, points, span
 
 
 def conclusions(view: View) -> list[Group]:
     """Every group that has something to say, in reading order."""
     deploy = advice.by_constraint(view) + advice.not_faster(view)
     groups = [
-        Group("against-full", "Against the uncompressed model", tuple(_versus_full(view))),
+        Group("against-full", _against(view), tuple(_versus_baseline(view))),
         Group("reach", "How far this reaches", _bare(_reach(view))),
         masking_group(view),
         Group("advice", "Which to deploy", _bare(deploy)),
@@ -33,9 +33,15 @@ def _bare(texts: list[str]) -> tuple[Sentence, ...]:
     return tuple(Sentence(text) for text in texts)
 
 
-def _versus_full(view: View) -> list[Sentence]:
-    if view.full is None:
-        return [Sentence("There is no Full model here, so nothing is compared with it.")]
+def _against(view: View) -> str:
+    full = view.baseline_name == "full"
+    return f"Against {'the uncompressed model' if full else view.baseline_label}"
+
+
+def _versus_baseline(view: View) -> list[Sentence]:
+    base = view.baseline_label
+    if view.baseline is None:
+        return [Sentence(f"There is no {base} model here, so nothing is compared with it.")]
     said = []
     named: list[tuple[Measure, str]] = [
         ("clean", "Clean images"),
@@ -43,14 +49,19 @@ def _versus_full(view: View) -> list[Sentence]:
         ("worst", "Worst perturbation measured"),
     ]
     for measure, title in named:
-        tests = against_full(view, measure)
+        tests = against_baseline(view, measure)
         if tests:
-            said.append(Sentence(_compared(tests), title))
+            said.append(Sentence(_compared(base, tests), title))
     if view.set_apart:
         apart = listed([v.label for v in view.set_apart])
-        said.append(Sentence(f"{apart}, attacked with other perturbations than Full.", "Left out"))
+        text = f"{apart}, attacked with other perturbations than {base}."
+        said.append(Sentence(text, "Left out"))
     if not said:
-        return [Sentence("There is nothing to compare Full with.")]
+        return [Sentence(f"There is nothing to compare {base} with.")]
+    if base != label_of("full"):
+        said.append(
+            Sentence(f"{base}; harness report --baseline NAME takes another.", "Compared with")
+        )
     return [
         *said,
         Sentence(
@@ -63,10 +74,10 @@ def _versus_full(view: View) -> list[Sentence]:
     ]
 
 
-def _compared(tests: list[Comparison]) -> str:
+def _compared(label: str, tests: list[Comparison]) -> str:
     """`Full errs on ...; lower: ...; higher: ...; no difference shown: ...`."""
     base = tests[0].baseline_rate
-    parts = [f"Full errs on {percent(base)}."]
+    parts = [f"{label} errs on {percent(base)}."]
     lower = sorted((t for t in tests if t.shown and t.difference < 0), key=lambda t: t.rate)
     higher = sorted((t for t in tests if t.shown and t.difference > 0), key=lambda t: -t.rate)
     level = [t for t in tests if not t.shown]
@@ -115,7 +126,7 @@ def _reach(view: View) -> list[str]:
     said += [
         "Each variant is one file from one training seed: the tests above speak about these files"
         f" on {images}, not about the compression methods. A claim about a method needs"
-        " at least three training seeds and an independently seeded Full.",
+        f" at least three training seeds and an independently seeded {view.baseline_label}.",
     ]
     repeated = [
         f"{v.label} {percent(own.uer)} [{interval(own.uer_low, own.uer_high)}]"
@@ -134,7 +145,7 @@ def _reach(view: View) -> list[str]:
             "Each perturbation comes from one crafting seed, and all images share it: the"
             " intervals cover the choice of images, not the luck of the optimiser."
         )
-    if any(v.method == "pp" for v in view.variants) and view.full is not None:
+    if any(v.method == "pp" for v in view.variants) and view.baseline is not None:
         said.append(
             "The PP and Q variants start from Full\u2019s weights while SFP is trained on its own:"
             " a perturbation that does not carry over between SFP and Full may show a different"

@@ -142,20 +142,37 @@ class View:
     seeds: dict[SeedKey, SeedGroup]
     """Rows that are means over several crafting seeds -> what they are means of."""
     notes: tuple[str, ...]
+    baseline_name: str = "full"
+    """The model that the others are compared with, measured here or not."""
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     """Tests already made: the page says the same thing in several places."""
 
     @property
-    def full(self) -> VariantView | None:
-        return next((v for v in self.variants if v.name == "full"), None)
+    def baseline(self) -> VariantView | None:
+        return next((v for v in self.variants if v.name == self.baseline_name), None)
+
+    @property
+    def baseline_label(self) -> str:
+        return label_of(self.baseline_name)
+
+    @property
+    def compared_with(self) -> str:
+        """The baseline in a sentence: of a model that the user brought only its name is known."""
+        full = self.baseline_name == "full"
+        return "the uncompressed Full model" if full else self.baseline_label
+
+    @property
+    def other(self) -> str:
+        """What one that is compared with the baseline is called."""
+        return "compressed variant" if self.baseline_name == "full" else "other model"
 
     def comparable(self, variant: VariantView) -> bool:
         """Whether its worst case stands beside the others'.
 
-        It does when it faced the same perturbations as Full, or as many, its own among them: a
-        worst case over fewer attacks looks better for no merit of the model.
+        It does when it faced the same perturbations as the baseline, or as many, its own among
+        them: a worst case over fewer attacks looks better for no merit of the model.
         """
-        base = self.full
+        base = self.baseline
         if base is None or not base.attacked:
             base = max(self.variants, key=lambda v: len(v.attacked))
         if (variant.gradient_free is None) != (base.gradient_free is None):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from harness.records import DEPLOYABLE
+from harness.records import CONTROLS, DEPLOYABLE
 from harness.sources import FLEET, LEAVE_ONE_OUT, source_label
 
 NBSP = "\u00a0"
@@ -61,9 +61,10 @@ def label_of(name: str) -> str:
 
 
 def paper_rank(name: str) -> tuple[int, str]:
-    """Sorts the paper's variants in the paper's order, the derived, the fleet, then all else."""
-    order = (*DEPLOYABLE, FLEET, LEAVE_ONE_OUT)
-    return (order.index(name) if name in order else len(order)), name
+    """Sorts the paper's variants in its order, the derived, the user's, the fleet, the controls."""
+    brought = ""
+    order = (*DEPLOYABLE, brought, FLEET, LEAVE_ONE_OUT, *sorted(CONTROLS))
+    return order.index(name if name in order else brought), name
 
 
 def percent(value: float | None, *, unit: bool = True) -> str:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.brought_options import BroughtOptions, brought_options
 from harness.cli.duration_type import DURATION
+from harness.cli.experiment import agreed_workspace, dataset_option
 from harness.cli.options import (
     accelerator_option,
     chosen_variants,
@@ -17,7 +19,6 @@ from harness.cli.options import (
     deployable_options,
     device_option,
     dry_run_option,
-    existing_or_new_workspace,
     json_option,
     make_context,
     working_in,
@@ -61,7 +62,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Your own model: input `image` uint8 [N,C,H,W], output `logits`. May be repeated.",
 )
-@click.option("--factory", hidden=True)
+@brought_options
+@dataset_option
 @click.option(
     "--budget",
     "budget_s",
@@ -98,7 +100,8 @@ def attack_device(
     models: tuple[str, ...],
     all_models: bool,
     onnx_files: tuple[Path, ...],
-    factory: str | None,
+    brought: BroughtOptions,
+    dataset: str | None,
     budget_s: float | None,
     until_ci: float | None,
     latency: LatencyMode | None,
@@ -111,19 +114,23 @@ def attack_device(
 ) -> None:
     """Apply perturbations to models where they run, and record what they do.
 
-    Attacks every variant that is exported (all ten in a new workspace) unless --model or --onnx
-    says which. Every result is stored; what is stored already is not measured again.
+    Attacks every variant that is exported (all ten in a new workspace) unless --model, --onnx or
+    --factory says which. Every result is stored; what is stored already is not measured again.
 
     With a budget or an interval to reach, a sample of the images is evaluated: the same for
     every model, the classes in proportion, clean and attacked images in pairs. Its UER is printed
     as it is, and corrected by what PyTorch does on the whole set. A larger budget goes on where
     the sample ended; so does the same command after an interruption.
 
+    With --factory: a PyTorch classifier of your own, exported first (cache/NAME.onnx), PyTorch
+    beside it; without --uap it meets everything the configuration asks for of a model.
+
     \b
     Examples:
       harness attack-device --device local --uap cache/full_eps10.pt
       harness attack-device --uap mine.pt --model q4 --json
       harness attack-device --uap cache/full_eps10.pt --onnx detector.onnx
+      harness attack-device --factory mypkg.net:make --checkpoint net.pt --dataset photos.npz
       harness attack-device --transfer 4 --all
       harness attack-device --device rpi4 --uap cache/full_eps10.pt --budget 10m
       harness attack-device --device rpi4 --uap cache/full_eps10.pt --until-ci 1.0
@@ -132,12 +139,8 @@ def attack_device(
 
     if until_ci is not None and math.isnan(until_ci):  # no range holds or refuses it
         raise UsageError("--until-ci nan is no number of points: write one up to 50, such as 1.0")
-    if factory is not None:
-        raise UsageError(
-            f"--factory {factory}: the deployed file is what is attacked: export your model "
-            "(input `image` uint8 [N, C, H, W], output `logits`) and give the file with --onnx"
-        )
-    if not uaps and not transfer_eps:
+    brought.check()
+    if not uaps and not transfer_eps and not brought:
         raise UsageError(
             "name a perturbation with --uap FILE, or take a matrix with --transfer EPS"
         )
@@ -148,16 +151,19 @@ def attack_device(
     if models or all_models:
         variants: list[str] | None = chosen_variants(models, all_models, deployable=True)
     else:
-        variants = [] if onnx_files else None
+        variants = [] if onnx_files or brought else None
 
     from harness.pipeline.experiment import attack_tasks, register_current
 
-    workspace = existing_or_new_workspace(root)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=dry_run)
+    workspace = agreed_workspace(root, None, dataset, None)
+    # Whether a model can be attacked is tried on images, also before a dry run.
+    planning = dry_run and not brought
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=planning)
     tasks, victims, paths = attack_tasks(
         context,
         variants=_exported(context) if variants is None else variants,
         onnx_files=list(onnx_files),
+        brought=brought.load(context) if brought else None,
         uaps=[*uaps, *_matrix(context, transfer_eps)],
         device=device,
         budget_s=budget_s,

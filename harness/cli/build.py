@@ -16,7 +16,6 @@ from harness.cli.options import (
     chosen_variants,
     data_dir_option,
     dry_run_option,
-    existing_or_new_workspace,
     json_option,
     make_context,
     source_options,
@@ -242,9 +241,11 @@ def build_artefacts(
     dry_run: bool,
     as_json: bool,
     make_tasks: Callable[[Context], tuple[list[Task], list[Path]]],
+    *,
+    dataset: str | None = None,
 ) -> None:
     """Run a command's tasks and print the files they leave."""
-    workspace = existing_or_new_workspace(root)
+    workspace = agreed_workspace(root, None, dataset, None)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=dry_run)
     build_in(context, *make_tasks(context), dry_run=dry_run, as_json=as_json)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.brought_options import BroughtOptions, brought_options
 from harness.cli.options import (
     accelerator_option,
     chosen_variants,
@@ -60,6 +61,7 @@ def init(preset: str | None, dataset: str | None, seed: int | None, root: Path) 
 @dataset_option
 @seed_option
 @variant_options
+@brought_options
 @device_option
 @workspace_option
 @accelerator_option
@@ -73,6 +75,7 @@ def run(
     seed: int | None,
     models: tuple[str, ...],
     all_models: bool,
+    brought: BroughtOptions,
     device_name: str,
     root: Path,
     accelerator: str,
@@ -91,17 +94,24 @@ def run(
     On an emulated device (--device rpi4), everything runs here, and each variant there on clean
     images and under its own perturbation, as many as five minutes allow.
 
+    With --factory, all but the training of a PyTorch classifier of your own: it is exported,
+    attacked with perturbations crafted on it, and timed. Run it for each of several, with a --name
+    of its own, the uncompressed one first: they meet each other's perturbations, and stand in one
+    report, beside the variants if there are any.
+
     \b
     Examples:
       harness run
       harness run --model full --model q4
       harness run --workspace svhn --preset paper --dataset svhn
       harness run --dataset photos.npz --workspace photos --dry-run
+      harness run --dataset photos.npz --factory mypkg.net:make --checkpoint net.pt
       harness run --workspace svhn --time-limit 9m          again and again, while it ends with 124
     """
     import json
 
     from devices.registry import device_named
+    from harness.pipeline.brought_run import brought_experiment
     from harness.pipeline.experiment import (
         experiment_files,
         experiment_tasks,
@@ -109,6 +119,9 @@ def run(
     )
     from reports.report import write_report
 
+    brought.check()
+    if brought and (models or all_models):
+        raise UsageError("--factory and --model or --all exclude each other: run one of them")
     device = device_named(device_name)
     workspace = agreed_workspace(root, preset, dataset, seed)
     context = make_context(
@@ -116,24 +129,29 @@ def run(
         accelerator=accelerator,
         data_dir=data_dir,
         time_limit_s=time_limit_s,
-        planning=dry_run,
+        # Whether a model can be attacked is tried on images, also before a dry run.
+        planning=dry_run and not brought,
     )
-    variants = _variants(models, all_models)
-    tasks = experiment_tasks(context, variants, device)
+    if brought:
+        tasks, victims, paths = brought_experiment(brought.load(context), device)
+    else:
+        variants = _variants(models, all_models)
+        tasks = experiment_tasks(context, variants, device)
+        victims, paths = experiment_files(context, variants)
     if dry_run:
         print_plan(context, tasks, as_json=as_json)
         return
     with working_in(workspace):
         context.build(tasks)
-        register_current(context, *experiment_files(context, variants))
+        register_current(context, victims, paths)
         with context.open_store() as store:
             # An emulated device has a sample, beside all that this machine evaluated.
             shown = None if device.emulated else device.name
-            paths = write_report(store, workspace.report, device=shown)
+            report = write_report(store, workspace.report, device=shown)
     if as_json:
-        click.echo(json.dumps({"report": str(paths.html), "results": str(workspace.results)}))
+        click.echo(json.dumps({"report": str(report.html), "results": str(workspace.results)}))
     else:
-        click.echo(str(paths.html))
+        click.echo(str(report.html))
 
 
 @click.command()

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from harness.cli.build import build_artefacts
+from harness.cli.brought_options import BroughtOptions, brought_options
+from harness.cli.build import build_artefacts, build_in
+from harness.cli.experiment import agreed_workspace, dataset_option
 from harness.cli.options import (
     accelerator_option,
     chosen_variants,
     data_dir_option,
     deployable_options,
     dry_run_option,
-    existing_or_new_workspace,
     json_option,
     make_context,
     workspace_option,
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Write VARIANT_compat.onnx: unpacked, operators of opset 13 only, for any runtime.",
 )
+@brought_options
+@dataset_option
 @workspace_option
 @accelerator_option
 @data_dir_option
@@ -73,6 +76,8 @@ def export(
     images: int,
     tune: bool,
     compat: bool,
+    brought: BroughtOptions,
+    dataset: str | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
@@ -83,6 +88,9 @@ def export(
 
     Pruned variants are physically slimmed, quantised ones hold integers. A file that disagrees
     with its PyTorch model is not written. Variants not trained yet are trained first.
+
+    With --factory: a PyTorch classifier of your own, of any image size, as cache/NAME.onnx, by
+    PyTorch's exporters; the same holds: what is not the same function is not written.
 
     --check reads ONNX files made here or elsewhere, without running them; it ends with 1 when one
     of them computes wrong results somewhere, or cannot run. --verify takes checkpoint, file and
@@ -97,7 +105,9 @@ def export(
       harness export --verify --model q4
       harness export --verify --compat --model q4
       harness export --check theirs.onnx
+      harness export --factory mypkg.net:make --checkpoint net.pt --dataset photos.npz
     """
+    brought.check()
     if sum((bool(checked), tune, verify or compat)) > 1:
         raise UsageError(
             "--check, --verify, --tune and --compat exclude each other, but for --verify --compat: "
@@ -107,18 +117,31 @@ def export(
     if not verify and source is click.core.ParameterSource.COMMANDLINE:
         raise UsageError("--images belongs to --verify")
     if checked:
-        if models or all_models or dry_run:
-            raise UsageError("--check builds nothing: leave out --model, --all and --dry-run")
+        if models or all_models or dry_run or brought or dataset is not None:
+            raise UsageError(
+                "--check builds nothing: leave out --model, --all, --factory, --dataset and "
+                "--dry-run"
+            )
         _check(checked, as_json=as_json)
         return
     plain = not (verify or tune or compat)
+    if brought:
+        if models or all_models or not plain:
+            raise UsageError(
+                "--factory exports your model and nothing else: leave out --model, --all, --verify,"
+                " --tune and --compat"
+            )
+        _export_brought(
+            brought, dataset, root, accelerator, data_dir, dry_run=dry_run, as_json=as_json
+        )
+        return
     variants = chosen_variants(models, all_models, deployable=plain)
     if verify:
         if dry_run:
             raise UsageError("--verify builds nothing: leave out --dry-run")
-        _verify(
-            root, accelerator, data_dir, variants, images=images, compat=compat, as_json=as_json
-        )
+        workspace = agreed_workspace(root, None, dataset, None)
+        context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+        _verify(context, variants, images=images, compat=compat, as_json=as_json)
         return
 
     def tasks(context: Context) -> tuple[list[Task], list[Path]]:
@@ -133,13 +156,38 @@ def export(
         build += export_tasks(context, variants, compat=compat)
         return build, [path(name) for name in variants]
 
-    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks)
+    build_artefacts(root, accelerator, data_dir, dry_run, as_json, tasks, dataset=dataset)
 
 
-def _verify(
+def _export_brought(
+    brought: BroughtOptions,
+    dataset: str | None,
     root: Path,
     accelerator: str,
     data_dir: Path | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export a model of the user's own; say what a linter finds in the file."""
+    from export.lint import lint_file
+    from harness.pipeline.brought_run import brought_export_task
+
+    workspace = agreed_workspace(root, None, dataset, None)
+    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
+    model = brought.load(context)
+    path = workspace.onnx(model.recipe.name)
+    build_in(context, [brought_export_task(model)], [path], dry_run=dry_run, as_json=as_json)
+    if dry_run:
+        return
+    costly = [finding for finding in lint_file(path) if finding.severity != "info"]
+    if costly:
+        count = f"{len(costly)} finding{'s' * (len(costly) != 1)}"
+        click.echo(f"{path}: {count}, listed by harness export --check {path}", err=True)
+
+
+def _verify(
+    context: Context,
     variants: list[str],
     *,
     images: int,
@@ -150,8 +198,6 @@ def _verify(
     from harness.cli.proof_table import print_proofs
     from harness.pipeline.proof import prove_all
 
-    workspace = existing_or_new_workspace(root)
-    context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     proofs = prove_all(context, variants, images=images, compat=compat)
     print_proofs(proofs, as_json=as_json)
     if any(proof.problems for proof in proofs):

@@ -18,6 +18,12 @@ from harness.records import HarnessError, deployable_named
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: report."
 )
 @click.option(
+    "--baseline",
+    metavar="NAME",
+    help="The model that the others are compared with.  [default: full; of your own models alone, "
+    "the one measured first]",
+)
+@click.option(
     "--beside",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="WORKSPACE",
@@ -25,7 +31,12 @@ from harness.records import HarnessError, deployable_named
 )
 @json_option
 def report(
-    root: Path, device_name: str | None, out: Path | None, beside: Path | None, as_json: bool
+    root: Path,
+    device_name: str | None,
+    out: Path | None,
+    baseline: str | None,
+    beside: Path | None,
+    as_json: bool,
 ) -> None:
     """Write the report from the results store: HTML, CSV, JSON, Markdown, LaTeX.
 
@@ -33,6 +44,7 @@ def report(
     Examples:
       harness report
       harness report --device local --out /tmp/report
+      harness report --baseline mynet
       harness report --beside ../svhn
     """
     from contextlib import ExitStack
@@ -49,7 +61,13 @@ def report(
         if beside is not None:
             there = open_workspace(beside).results
             other = opened.enter_context(open_store(there, create=False))
-        paths = write_report(store, out or workspace.report, device=device_name, beside=other)
+        paths = write_report(
+            store,
+            out or workspace.report,
+            device=device_name,
+            beside=other,
+            baseline=baseline,
+        )
     if as_json:
         written = {name: str(path) for name, path in asdict(paths).items() if path is not None}
         click.echo(json.dumps(written))

@@ -62,13 +62,13 @@ def for_target(settings: Settings, target: int | None) -> Settings:
 
 
 def probed(context: Context, name: UapName) -> bool:
-    """Whether the source's gradients are measured beside this perturbation: one of each variant."""
+    """Whether the source's gradients are measured beside this perturbation: one of each model."""
     return (
         name.target is None
         and name.eps == context.config.craft.reference_eps
         and name.seed == context.config.seed
         and not is_ensemble(name.source)
-        and not isinstance(settings_of(context, name), FourierSettings)
+        and MAKERS[attack_of(context, name)] is not _fourier_settings
     )
 
 

@@ -13,11 +13,18 @@ from harness.artefacts import cache_key
 from harness.crafting.perturbation import load_perturbation
 from harness.models.brought import BroughtModel, Recipe, load_brought, theirs
 from harness.models.brought_checks import Reading, check_attackable, read_accuracy
-from harness.pipeline.attack_settings import MAKERS, Settings, evaluations, for_target, settings_key
+from harness.pipeline.attack_settings import (
+    MAKERS,
+    Settings,
+    evaluations,
+    for_target,
+    probed,
+    settings_key,
+)
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.craft_pass import craft_pass
 from harness.pipeline.tasks import Progress, Task
-from harness.pipeline.uap_files import check_request
+from harness.pipeline.uap_files import PROBE_VERSION, check_request
 from harness.pipeline.uap_names import attack_of
 from harness.records import UsageError
 from harness.workspace import UapName
@@ -75,7 +82,7 @@ class Brought:
 
 
 def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
-    """Craft the named perturbations of the model, in one pass.
+    """Craft the named perturbations of the model, those of the same settings in one pass.
 
     Raises:
         UsageError: the model, a budget, a target or the protocol is not what can be attacked.
@@ -88,8 +95,19 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
         )
     for name in names:
         check_request(context, name)
-    settings = _settings(brought, names[0])
+    if not names:
+        return []
     _ = brought.identity  # what cannot be attacked is refused before anything is built
+    groups: dict[tuple[str, Settings], list[UapName]] = {}
+    for name in dict.fromkeys(names):
+        group = (attack_of(context, name), _settings(brought, name))
+        groups.setdefault(group, []).append(name)
+    return [_pass(brought, names, settings) for (_, settings), names in groups.items()]
+
+
+def _pass(brought: Brought, names: list[UapName], settings: Settings) -> Task:
+    """Perturbations of one attack and the same settings, crafted together."""
+    context = brought.context
 
     def missing() -> list[UapName]:
         return [name for name in names if not _is_valid(brought, name)]
@@ -106,7 +124,7 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
                 identities=[brought.identity] * len(lacking),
                 settings=settings,
                 split=context.data.attack,
-                probe=[False] * len(lacking),
+                probe=[probed(context, name) for name in lacking],
                 partial=context.workspace.partial(f"craft_{lacking[0].stem}"),
                 progress=progress,
                 meta={
@@ -117,15 +135,13 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
             )
 
     count = f" ({len(names)} perturbations)" if len(names) > 1 else ""
-    return [
-        Task(
-            stage="craft",
-            name=f"craft {names[0].stem if len(names) == 1 else brought.recipe.name}{count}",
-            work=COST * evaluations(settings, len(context.data.attack)) * max(1, len(missing())),
-            is_done=lambda: not missing(),
-            run=run,
-        )
-    ]
+    return Task(
+        stage="craft",
+        name=f"craft {names[0].stem}{count}",
+        work=COST * evaluations(settings, len(context.data.attack)) * max(1, len(missing())),
+        is_done=lambda: not missing(),
+        run=run,
+    )
 
 
 def _is_valid(brought: Brought, name: UapName) -> bool:
@@ -149,6 +165,8 @@ def _key(brought: Brought, name: UapName) -> str:
         labels=[context.data.name, context.config.protocol],
         source=[name.source, brought.identity],
         images=context.data.digests["attack"],
+        # Written only where there is one: other perturbations stay valid.
+        **({"probe": PROBE_VERSION} if probed(context, name) else {}),
     )
 
 

@@ -8,18 +8,17 @@ again: a sample that is to be larger goes on where it ended.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnxruntime
 import torch
+from torch import nn
 
 from devices.session import Device
 from harness.crafting.perturbation import Perturbation, check_fits, load_perturbation, uap_record
 from harness.inference import predict, torch_machine
-from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.checkpoints import reference_form
 from harness.pipeline.context import (
     CPU_THREADS,
     MAX_EVALUATIONS,
@@ -39,11 +38,13 @@ DEVICE_COST = 0.5
 
 @dataclass(frozen=True)
 class Victim:
-    """A model to attack: its ONNX file, and the checkpoint behind it unless a user brought it."""
+    """A model to attack: its ONNX file, and what PyTorch says beside it."""
 
     name: str
     onnx: Path
-    checkpoint: Path | None
+    reference: Callable[[], nn.Module] | None
+    """Makes the PyTorch model that the file is of, on the CPU: pixels float [N, C, H, W] in
+    [0, 255] -> logits. None: there is none, the user brought a file alone."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def evaluate_task(
     the cores: small models are faster so, and where PyTorch has a GPU the cores have nothing else
     to do. A board has one runner, and a time budget is of a machine that does nothing else.
     """
-    if victim.checkpoint is None:
-        # PyTorch has no say about a model that a user brought: nothing would correct a sample.
+    if victim.reference is None:
+        # PyTorch has no say about a file that a user brought: nothing would correct a sample.
         budget = replace(budget, images=None)
     in_crew = device.name == "local" and not budget.limited
     threads = context.threads_of_each(beside) if in_crew else None
@@ -147,7 +148,7 @@ def evaluate_task(
     task = Task(
         stage="evaluate",
         name=f"attack {victim.name} on {device.name}",
-        work=float(conditions * images) if victim.checkpoint else 0.0,
+        work=float(conditions * images) if victim.reference else 0.0,
         core_work=on_cores,
         known_s=known_s,
         is_done=is_done,
@@ -269,7 +270,7 @@ def _plan(
         uap: [run for run in known.get(key, []) if here in (None, run.machine.runtime_version)]
         for uap, key in keys.items()
     }
-    lacking = [uap for uap in uaps if uap not in in_torch] if victim.checkpoint else []
+    lacking = [uap for uap in uaps if uap not in in_torch] if victim.reference else []
     sample = Sample.of(
         keys,
         labels=labels,
@@ -303,10 +304,9 @@ def _in_torch(
     attacks: dict[str, Attack],
     meter: _Meter,
 ) -> None:
-    assert victim.checkpoint is not None
+    assert victim.reference is not None
     images = context.data.evaluation.images
-    reference = reference_form(load_checkpoint(victim.checkpoint).build())
-    reference.to(context.accelerator)
+    reference = victim.reference().to(context.accelerator)
     for uap in uaps:
         began = time.monotonic()
         predictions = predict(

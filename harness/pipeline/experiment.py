@@ -12,7 +12,15 @@ from devices.local import LocalDevice
 from devices.model_file import check_model_file
 from devices.session import Device
 from harness.crafting.perturbation import load_perturbation
-from harness.pipeline.checkpoints import train_tasks
+from harness.models.checkpoint import load_checkpoint
+from harness.pipeline.brought import Brought, brought_tasks
+from harness.pipeline.brought_run import (
+    brought_evaluation,
+    brought_export_task,
+    brought_uap_names,
+    brought_victim,
+)
+from harness.pipeline.checkpoints import reference_form, train_tasks
 from harness.pipeline.context import Context
 from harness.pipeline.evaluation import (
     Victim,
@@ -139,6 +147,7 @@ def attack_tasks(
     *,
     variants: list[str],
     onnx_files: list[Path],
+    brought: Brought | None = None,
     uaps: list[str],
     device: Device,
     budget_s: float | None = None,
@@ -152,7 +161,9 @@ def attack_tasks(
     Args:
         context: the workspace.
         variants: victims of the workspace.
-        onnx_files: victims that the user brought.
+        onnx_files: victims that the user brought as files.
+        brought: one that the user brought as code; with no `uaps`, it meets all that an experiment
+            has for a model.
         uaps: as the user named them.
         device: where to attack.
         budget_s: seconds for all victims together; None with no `until_ci`: the device's own.
@@ -174,7 +185,10 @@ def attack_tasks(
             f"{device.name} is emulated: it has predictions, but no latency; with a board of your "
             f"own: harness devices add {device.name} --host USER@BOARD"
         )
-    located = [locate_uap(context, text) for text in uaps]
+    if brought is not None and not uaps:
+        uaps = [str(context.workspace.uap(n).resolve()) for n in brought_uap_names(brought)]
+    own = brought.recipe.name if brought is not None else None
+    located = [locate_uap(context, text, own=own) for text in uaps]
     # One perturbation named twice is one: by its file, wherever it was named from.
     by_file = {path.resolve(): (name, path) for name, path in reversed(located)}
     located = list(by_file.values())[::-1]
@@ -182,11 +196,13 @@ def attack_tasks(
     for name, path in located:
         if name is None:
             load_attack(context, path)  # bad input is refused before anything is built
-    stems = [path.stem for path in onnx_files]
+    stems = [*(path.stem for path in onnx_files), *([own] if own is not None else [])]
     if len(set(stems)) < len(stems):
-        raise UsageError("two --onnx files have the same name: rename one, so rows stay apart")
+        raise UsageError("two models have the same name: rename one, so that rows stay apart")
     for path in onnx_files:
         _check_onnx(context, path)
+    on_own = [name for name in names if name.source == own]
+    names = [name for name in names if name.source != own]
     sources = [member for name in names for member in members(name.source)]
     tasks = train_tasks(context, [*variants, *sources])
     tasks += export_tasks(context, variants) + craft_tasks(context, names)
@@ -194,13 +210,16 @@ def attack_tasks(
     victims += [Victim(path.stem, path, None) for path in onnx_files]
     paths = [path for _, path in located]
     images = context.config.eval.device_images if device_images is None else device_images
-    budget = budget_for(
-        device, len(victims), images=images or None, seconds=budget_s, until_ci=until_ci
-    )
+    count = len(victims) + (brought is not None)
+    budget = budget_for(device, count, images=images or None, seconds=budget_s, until_ci=until_ci)
     tasks += [
         evaluate_task(context, victim, paths, device, budget, beside=len(victims))
         for victim in victims
     ]
+    if brought is not None:
+        tasks += [brought_export_task(brought), *brought_tasks(brought, on_own)]
+        tasks.append(brought_evaluation(brought, paths, device, budget))
+        victims.append(brought_victim(brought))
     if latency != "none":
         tasks.append(latency_task(context, victims, device, uap=paths[0], mode=latency))
     if instructions:
@@ -208,8 +227,15 @@ def attack_tasks(
     return tasks, victims, paths
 
 
-def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
+def locate_uap(
+    context: Context, text: str, *, own: str | None = None
+) -> tuple[UapName | None, Path]:
     """Where a `--uap` is: the current folder, then the workspace; else what is to be crafted.
+
+    Args:
+        context: the workspace.
+        text: as the user named it.
+        own: what a model of the user's own is called, which can be crafted on too.
 
     Returns:
         (name to craft, path), name None for a file that is taken as it is.
@@ -223,7 +249,7 @@ def locate_uap(context: Context, text: str) -> tuple[UapName | None, Path]:
     # Only the canonical name, in this workspace, is ours to build.
     ours = (
         name is not None
-        and is_source(name.source)
+        and (is_source(name.source) or name.source == own)
         and in_workspace.resolve() == context.workspace.uap(name).resolve()
     )
     if path.exists() and path.resolve() != in_workspace.resolve():
@@ -246,8 +272,12 @@ def _foreign(path: Path) -> bool:
 
 def variant_victim(context: Context, name: str) -> Victim:
     """A variant, or what is derived from one, as a victim."""
-    workspace = context.workspace
-    return Victim(name, workspace.onnx(name), workspace.checkpoint(trained_for(name).name))
+    checkpoint = context.workspace.checkpoint(trained_for(name).name)
+    return Victim(
+        name,
+        context.workspace.onnx(name),
+        reference=lambda: reference_form(load_checkpoint(checkpoint).build()),
+    )
 
 
 def _check_onnx(context: Context, path: Path) -> None:

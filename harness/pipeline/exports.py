@@ -184,7 +184,7 @@ def _export(
             **request,
         )
     progress(0.9, "memory")
-    _measure_memory(context, request["out"])
+    measure_memory(context, request["out"])
     progress(1.0, "")
 
 
@@ -197,7 +197,7 @@ def _say_if_damaged(context: Context, path: Path) -> None:
             note(context.reporter, f"exporting {path.stem} again: {error}")
 
 
-def _measure_memory(context: Context, path: Path) -> None:
+def measure_memory(context: Context, path: Path) -> None:
     """Load and run the file once in a process of its own."""
     with LocalDevice().open() as session:
         loaded = session.load(path, threads=1)
@@ -235,9 +235,23 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
     )
 
 
+def _origin(context: Context, name: str, path: Path) -> str:
+    """Where a user's model comes from: a file, or their code, exported here."""
+    if path.resolve() == context.workspace.onnx(name).resolve():
+        try:
+            manifest = load_manifest(path)
+        except HarnessError:  # a file that the user put there
+            manifest = {}
+        compared = manifest.get("agreement", {}).get("images")
+        factory = manifest.get("metadata", {}).get("factory")
+        if compared and factory:
+            return f"exported from {factory}, compared with PyTorch on {compared} images"
+    return "brought by the user; no PyTorch model to compare with"
+
+
 def _foreign_record(context: Context, name: str, path: Path) -> ModelRecord:
     cost = cost_card(path.read_bytes(), image_shape=context.image_shape)
-    notes = ["brought by the user; no PyTorch model to compare with"]
+    notes = [_origin(context, name, path)]
     if uncounted := uncounted_operators(cost):
         notes.append(f"MACs and BOPs leave out what cannot be counted: {', '.join(uncounted)}")
     return ModelRecord(

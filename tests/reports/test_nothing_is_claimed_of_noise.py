@@ -194,7 +194,7 @@ def test_a_model_the_user_brought_changes_nothing_said_of_the_others(tmp_path):
                 synthetic.model("full", sha256=synthetic.sha("model", mine), variant=mine,
                                 method="other")
             )  # fmt: skip
-            met = [None, *(view.uaps[row.uap_sha256] for row in view.full.attacked.values())]
+            met = [None, *(view.uaps[row.uap_sha256] for row in view.baseline.attacked.values())]
             store.add_prediction_runs([planter.run(mine, record, labels) for record in met])
         after = {t.variant.name: t.p for t in inference_tests(build_view(store))}
     assert {name: after[name] for name in before} == before
@@ -202,6 +202,6 @@ def test_a_model_the_user_brought_changes_nothing_said_of_the_others(tmp_path):
 
 
 def inference_tests(view):
-    from reports.inference import against_full
+    from reports.inference import against_baseline
 
-    return against_full(view, "clean") + against_full(view, "worst")
+    return against_baseline(view, "clean") + against_baseline(view, "worst")

@@ -100,7 +100,7 @@ def test_only_the_own_leave_one_out_stands_in_the_matrix(view):
     column = sources.index("fleet_without")
     for name, uers in matrix:
         assert uers[column] == pytest.approx(LEFT_OUT[name], abs=1 / 600)
-    full = view.full
+    full = view.baseline
     assert not any("without" in source for source in full.attacked)
     assert {row.uap_source for row in full.transfers} == set(PAPER_ORDER) - {"full"}
     assert all(view.comparable(v) for v in view.variants)

@@ -10,7 +10,7 @@ import pytest
 
 from harness.bootstrap import mean_over_seeds
 from reports import words
-from reports.inference import against_full, compare
+from reports.inference import against_baseline, compare
 from reports.masking_table import rows_of
 from reports.report import write_report
 from reports.selection import build_view
@@ -63,7 +63,7 @@ def test_a_difference_between_methods_is_tested_over_seeds_too(seeded, store):
     full, q4 = (v.white_box for v in view.variants)
     found = compare(view, q4, full)
     assert found.value == pytest.approx(np.mean(RATES["q4"]) - np.mean(RATES["full"]))
-    (test,) = against_full(view, "white_box")
+    (test,) = against_baseline(view, "white_box")
     assert test.p == found.p
     # The same two perturbations alone would have been called different with far more certainty.
     alone = compare(replace(view, seeds={}, memo={}), q4, full)

@@ -92,13 +92,13 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_mcnemar_against_full_by_hand(planter, store):
+def test_mcnemar_against_baseline_by_hand(planter, store):
     p = planter("full", "pp2", "q2")
     clean = {(None, None): 0.05}
     plant(p, "full", {**clean, ("full", 10.0): 0.50})
     plant(p, "pp2", {**clean, ("pp2", 10.0): 0.51})  # 6 more images, none fewer
     plant(p, "q2", {**clean, ("q2", 10.0): 0.40})  # 60 fewer
-    tests = {c.variant.name: c for c in inference.against_full(build_view(store), "white_box")}
+    tests = {c.variant.name: c for c in inference.against_baseline(build_view(store), "white_box")}
     assert tests["pp2"].p == pytest.approx(2 * 0.5**6)  # the larger of two: factor 1
     assert tests["q2"].p == pytest.approx(2 * 2 * 0.5**60)
     assert tests["pp2"].shown is True
@@ -147,7 +147,9 @@ def test_a_difference_too_small_to_choose_by_makes_no_survivor(planter, store):
     plant(p, "pp2", {(None, None): 0.05, ("pp2", 10.0): 0.46})  # shown, by 4 points
     plant(p, "q2", {(None, None): 0.05, ("q2", 10.0): 0.54})
     view = build_view(store)
-    assert all(test.shown and not test.matters for test in inference.against_full(view, "worst"))
+    assert all(
+        test.shown and not test.matters for test in inference.against_baseline(view, "worst")
+    )
     said = headline(view).replace(words.NBSP, " ")
     assert said == (
         "No compressed variant is shown to survive better than the uncompressed Full model by 5"

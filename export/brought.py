@@ -1,0 +1,209 @@
+"""A PyTorch model of the user's own to a verified file: PyTorch writes it, a comparison decides.
+
+PyTorch has two exporters, and neither is good for every model. They are asked in turn; the first
+file that is the same function as the model is taken, whoever wrote it, and none is where no file
+is. `torch.export` needs the package onnxscript, and is not asked where that is not installed. Code
+that makes a constant of the size of a batch, as `x.view(len(x), -1)` does for both, gets a file of
+one image at a time, as devices run it.
+
+Enters: a model of pixels, float [N, C, H, W] in [0, 255], to logits; calibration images. Leaves:
+`NAME.onnx`, uint8 pixels to logits, and `NAME.json`, as `export.exporter` writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, nn
+
+from export.agreement import Agreement
+from export.exporter import EXPORT_SETTINGS, Exported, check_request, save_export
+from export.graph import IMAGE, LOGITS, serialise
+from export.onnx_reader import load_model
+from export.runtime import Images
+from export.verify import verify_float
+from harness.records import HarnessError, UsageError
+
+OPSET = 17
+"""Of the file, where the exporter can be told: onnxruntime 1.12 and later."""
+EXAMPLES = 2
+"""Images that the exporters see: the size of a batch of one would pass for a constant."""
+MOST_COMPARED, MOST_ONE_BY_ONE = 512, 64
+"""Images that are compared, in batches, and in batches of one, as they are deployed."""
+_REASON = 160
+"""Characters of what an exporter said."""
+
+
+def export_brought(
+    model: nn.Module,
+    *,
+    out: Path,
+    calibration: Images,
+    classes: tuple[str, ...],
+    metadata: Mapping[str, str],
+) -> Exported:
+    """Write `out` (.onnx) and its manifest (.json), or nothing.
+
+    Args:
+        model: on the CPU, in eval mode; float pixels [N, C, H, W] in [0, 255] -> logits.
+        out: the .onnx file; the manifest goes beside it.
+        calibration: uint8 [N, C, H, W], the images to compare on, `MOST_COMPARED` at most.
+        classes: class names, in the order of the logits.
+        metadata: written into the file and the manifest.
+
+    Raises:
+        UsageError: no exporter takes the model, or no file is the same function: in one line, what
+            each of them said first.
+        HarnessError: the folder cannot be written.
+        ValueError: calibration images, file name, class names or metadata of the wrong form.
+    """
+    images = calibration[:MOST_COMPARED]
+    _, properties = check_request(
+        len(classes), out=out, calibration=images, metadata=metadata, classes=classes
+    )
+    deployed = _Deployed(model).eval()
+    refusals: dict[str, str] = {}
+    for name, write, batch in WAYS:
+        example = np.resize(images, (batch or EXAMPLES, *images.shape[1:]))
+        try:
+            with _quietly():
+                content = write(deployed, torch.from_numpy(example), batch is None)
+            content = _tidied(content, properties)
+            agreement = _compared(content, model, images, batch)
+        except Exception as error:  # PyTorch's exporters raise whatever they come across
+            refusals.setdefault(name, _one_line(error))
+            continue
+        if agreement.passed:
+            return save_export(
+                content,
+                agreement,
+                out=out,
+                calibration=images[: agreement.images],
+                metadata=metadata,
+                classes=classes,
+                slimming=None,
+                details={"exporter": name, "batch": batch, "min_onnxruntime": None},
+            )
+        refusals.setdefault(name, f"not the same function, {agreement.reason}")
+    said = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise UsageError(
+        f"export of {out.stem} refused, nothing written: {said} (a file of your own making can be "
+        "attacked with --onnx)"
+    )
+
+
+class _Deployed(nn.Module):
+    """uint8 [N, C, H, W] -> logits, as devices are asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.model(image.float())
+        return logits
+
+
+def _traced(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
+    """By the exporter that follows one call: quick, and what it writes old runtimes read."""
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        model,
+        (example,),
+        buffer,  # type: ignore[arg-type]  # a file object is taken, and not declared
+        dynamo=False,
+        input_names=[IMAGE],
+        output_names=[LOGITS],
+        dynamic_axes={IMAGE: {0: "N"}, LOGITS: {0: "N"}} if any_batch else None,
+        opset_version=OPSET,
+    )
+    return buffer.getvalue()
+
+
+def _captured(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
+    """By the exporter that captures the program: for what the other has no operator."""
+    if importlib.util.find_spec("onnxscript") is None:
+        raise HarnessError("not tried, it needs onnxscript (pip install onnxscript)")
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        input_names=[IMAGE],
+        output_names=[LOGITS],
+        dynamic_shapes=({0: torch.export.Dim("N")},) if any_batch else None,
+        verbose=False,
+    )
+    assert program is not None, "without a file name the program is returned"
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+Write = Callable[[nn.Module, Tensor, bool], bytes]
+"""(uint8 images -> logits, example, whether any number of images is to be taken) -> ONNX."""
+WAYS: tuple[tuple[str, Write, int | None], ...] = (
+    ("TorchScript", _traced, None),
+    ("torch.export", _captured, None),
+    ("TorchScript", _traced, 1),
+    ("torch.export", _captured, 1),
+)
+"""(exporter, how, images that every call of the file has; None: any number), as they are tried."""
+
+
+def _tidied(content: bytes, properties: Mapping[str, str]) -> bytes:
+    """Without what is not of the function: where on this machine the code is, for one."""
+    model = load_model(content)
+    model.doc_string = model.graph.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    helper.set_model_props(model, dict(sorted(properties.items())))
+    onnx.checker.check_model(model)
+    return serialise(model)
+
+
+def _compared(content: bytes, model: nn.Module, images: Images, batch: int | None) -> Agreement:
+    alone = tuple(replace(settings, batch_size=1) for settings in EXPORT_SETTINGS)
+    found = verify_float(content, model, images[:MOST_ONE_BY_ONE], settings=alone)
+    if batch is not None or not found.passed:
+        return found
+    return verify_float(content, model, images, settings=EXPORT_SETTINGS)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the exporters' prints and warnings, which are about themselves, from the user."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator that ONNX has no name for
+    was = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(was)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= _REASON else f"{words[:_REASON]}..."
