@@ -16,9 +16,11 @@ import contextlib
 import importlib.util
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +30,13 @@ from onnx import helper
 from torch import Tensor, nn
 
 from export.agreement import Agreement
+from export.cost import cost_card, uncounted_operators
 from export.exporter import EXPORT_SETTINGS, Exported, check_request, save_export
 from export.graph import IMAGE, LOGITS, serialise
 from export.onnx_reader import load_model
 from export.runtime import Images
 from export.verify import verify_float
-from harness.records import HarnessError, UsageError
+from harness.records import CostCard, HarnessError, UsageError
 
 OPSET = 17
 """Of the file, where the exporter can be told: onnxruntime 1.12 and later."""
@@ -74,13 +77,14 @@ def export_brought(
     )
     deployed = _Deployed(model).eval()
     refusals: dict[str, str] = {}
+    examples = torch.from_numpy(np.resize(images, (EXAMPLES, *images.shape[1:])))
     for name, write, batch in WAYS:
-        example = np.resize(images, (batch or EXAMPLES, *images.shape[1:]))
         try:
             with _quietly():
-                content = write(deployed, torch.from_numpy(example), batch is None)
+                content = write(deployed, examples[:batch], batch is None)
             content = _tidied(content, properties)
             agreement = _compared(content, model, images, batch)
+            cost = _counted(content, partial(write, deployed, examples[:1], False), images)
         except Exception as error:  # PyTorch's exporters raise whatever they come across
             refusals.setdefault(name, _one_line(error))
             continue
@@ -94,6 +98,7 @@ def export_brought(
                 classes=classes,
                 slimming=None,
                 details={"exporter": name, "batch": batch, "min_onnxruntime": None},
+                cost=cost,
             )
         refusals.setdefault(name, f"not the same function, {agreement.reason}")
     said = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
@@ -184,6 +189,20 @@ def _compared(content: bytes, model: nn.Module, images: Images, batch: int | Non
     return verify_float(content, model, images, settings=EXPORT_SETTINGS)
 
 
+def _counted(content: bytes, again: Callable[[], bytes], images: Images) -> CostCard:
+    """The file's cost; operators whose shapes it leaves open as they are in one for one image."""
+    channels, height, width = images.shape[1:]
+    cost = cost_card(content, image_shape=(channels, height, width))
+    if not uncounted_operators(cost):
+        return cost
+    try:
+        with _quietly():
+            single = cost_card(again(), image_shape=(channels, height, width))
+    except Exception:  # the exporter's own; what was counted is said to be a lower bound
+        return cost
+    return replace(single, file_bytes=cost.file_bytes, gzip_bytes=cost.gzip_bytes)
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep the exporters' prints and warnings, which are about themselves, from the user."""
@@ -205,5 +224,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
+    told = error.__cause__ or error  # torch.export wraps what went wrong in advice
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(told))
+    words = " ".join(plain.split()) or type(told).__name__
     return words if len(words) <= _REASON else f"{words[:_REASON]}..."

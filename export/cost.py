@@ -5,7 +5,7 @@ inferred for one image.
 
 - **MACs**: multiply-accumulates of convolutions and matrix products. Other operators count 0,
   except those known to hide products (`_OPAQUE`, foreign domains): they appear in `layers` with
-  `macs: None`, and the total is then a lower bound.
+  `macs: None`, as do those whose shapes cannot be inferred, and the total is then a lower bound.
 - **params**: elements of the weights and biases of those operators as the operator sees them
   (after Cast, DequantizeLinear, a table: packing does not change the count), plus per-channel
   scales and shifts that an integer layer carries outside its operator. Not counted: per-tensor
@@ -97,7 +97,7 @@ def cost_card(model_bytes: bytes, *, image_shape: tuple[int, int, int]) -> CostC
 
     Raises:
         HarnessError: not an ONNX model, not a model of one image input, weights outside the file,
-            or shapes that cannot be inferred.
+            or shapes that contradict each other.
     """
     graph = Graph.parse(model_bytes, image_shape=image_shape)
     nominal = _nominal_bits(graph)
@@ -106,8 +106,8 @@ def cost_card(model_bytes: bytes, *, image_shape: tuple[int, int, int]) -> CostC
     return CostCard(
         file_bytes=len(model_bytes),
         gzip_bytes=len(gzip.compress(model_bytes, compresslevel=6, mtime=0)),
-        params=sum(layer["params"] for layer in counted),
-        nonzeros=sum(layer["nonzeros"] for layer in counted),
+        params=sum(layer.get("params", 0) for layer in layers),
+        nonzeros=sum(layer.get("nonzeros", 0) for layer in layers),
         macs=sum(layer["macs"] for layer in counted),
         bops_nominal=sum(layer["macs"] * prod(layer["bits_nominal"]) for layer in counted),
         bops_executed=sum(layer["macs"] * prod(layer["bits_executed"]) for layer in counted),
@@ -140,15 +140,18 @@ def _layers(graph: Graph, nominal: dict[str, list[int]]) -> Iterator[dict[str, A
                 nonzeros += int(np.count_nonzero(value != zero_point))
         bits = _INTEGER_BITS if _is_fused(graph, node) else operator.bits
         executed = [bits, bits]
+        output = graph.shape_or_none(node.output[0])
+        inputs = [graph.shape_or_none(entry) for entry in node.input if entry]
+        known = output is not None and None not in inputs
         yield {
             "name": node.name,
             "op": node.op_type,
-            "macs": operator.macs(graph, node, operator.weight),
+            "macs": operator.macs(graph, node, operator.weight) if known else None,
             "params": params,
             "nonzeros": nonzeros,
             "bits_executed": executed,
             "bits_nominal": nominal.get(node.name, executed),
-            "output": list(graph.shape(node.output[0])),
+            "output": None if output is None else list(output),
         }
 
 

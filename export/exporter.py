@@ -190,6 +190,7 @@ def save_export(
     classes: tuple[str, ...],
     slimming: SlimReport | None,
     details: Mapping[str, Any],
+    cost: CostCard | None = None,
 ) -> Exported:
     """Count a finished file, then write it and its manifest.
 
@@ -202,13 +203,14 @@ def save_export(
         classes: class names, in the order of the logits.
         slimming: what was removed; None where nothing is slimmed.
         details: what else the manifest says.
+        cost: of the file, where it was counted already.
 
     Raises:
         HarnessError: the folder cannot be written.
     """
     channels, height, width = calibration.shape[1:]
     image_shape = (channels, height, width)
-    cost = cost_card(content, image_shape=image_shape)
+    cost = cost or cost_card(content, image_shape=image_shape)
     sha256 = hashlib.sha256(content).hexdigest()
     exact = details.get("exact", True)
     manifest = {

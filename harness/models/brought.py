@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.data.torchvision_shim import import_torchvision
 from harness.models.brought_weights import fill, one_line, read_state
 from harness.records import CONTROLS, DEPLOYABLE, HarnessError, UsageError
 from harness.sources import FLEET
@@ -191,7 +192,7 @@ def _import(name: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         with theirs(f"--factory: importing {name}", keep=ModuleNotFoundError):
-            return importlib.import_module(name)
+            return _imported(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):
@@ -202,6 +203,16 @@ def _import(name: str) -> Any:
         raise UsageError(
             f"--factory: importing {name} needs the module {missing!r}, which is not installed here"
         ) from None
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        import_torchvision()  # their torchvision lacks what ours does
+        return importlib.import_module(name)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from harness.models.brought import theirs
 from harness.pipeline.brought import Brought, brought_tasks
 from harness.pipeline.context import CPU_THREADS, use_cpu_threads
 from harness.pipeline.evaluation import Victim, budget_for, evaluate_task
-from harness.pipeline.exports import EXPORT_FORWARDS, measure_memory
+from harness.pipeline.exports import EXPORT_FORWARDS, exported_here, measure_memory
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Progress, Task
 from harness.pipeline.uap_names import (
@@ -85,12 +85,9 @@ def other_models(brought: Brought) -> list[str]:
     workspace = brought.context.workspace
     found = []
     for path in sorted(workspace.cache.glob("*.onnx")):
-        try:
-            theirs_too = "factory" in load_manifest(path)["metadata"]
-        except HarnessError:
-            continue
         own = [workspace.uap(name) for name in transfer_names(brought.context, path.stem)]
-        if theirs_too and path.stem != brought.recipe.name and all(uap.exists() for uap in own):
+        exported = exported_here(brought.context, path.stem, path) is not None
+        if exported and path.stem != brought.recipe.name and all(uap.exists() for uap in own):
             found.append(path.stem)
     return found
 

@@ -235,23 +235,28 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
     )
 
 
-def _origin(context: Context, name: str, path: Path) -> str:
-    """Where a user's model comes from: a file, or their code, exported here."""
-    if path.resolve() == context.workspace.onnx(name).resolve():
-        try:
-            manifest = load_manifest(path)
-        except HarnessError:  # a file that the user put there
-            manifest = {}
-        compared = manifest.get("agreement", {}).get("images")
-        factory = manifest.get("metadata", {}).get("factory")
-        if compared and factory:
-            return f"exported from {factory}, compared with PyTorch on {compared} images"
-    return "brought by the user; no PyTorch model to compare with"
+def exported_here(context: Context, name: str, path: Path) -> dict[str, Any] | None:
+    """The manifest of a model of the user's own code that was exported here; None for a file."""
+    if path.resolve() != context.workspace.onnx(name).resolve():
+        return None
+    try:
+        manifest = load_manifest(path)
+    except HarnessError:  # a file that the user put there
+        return None
+    return manifest if "factory" in manifest["metadata"] else None
 
 
 def _foreign_record(context: Context, name: str, path: Path) -> ModelRecord:
-    cost = cost_card(path.read_bytes(), image_shape=context.image_shape)
-    notes = [_origin(context, name, path)]
+    own = exported_here(context, name, path)
+    if own is not None:
+        cost, factory = manifest_cost(own), own["metadata"]["factory"]
+        compared = f"compared with PyTorch on {own['agreement']['images']:,} images"
+        notes = [f"exported from {factory}, {compared}"]
+        if own["batch"] == 1:
+            notes.append("takes one image at a time: its code makes a constant of the batch's size")
+    else:
+        cost = cost_card(path.read_bytes(), image_shape=context.image_shape)
+        notes = ["brought by the user; no PyTorch model to compare with"]
     if uncounted := uncounted_operators(cost):
         notes.append(f"MACs and BOPs leave out what cannot be counted: {', '.join(uncounted)}")
     return ModelRecord(

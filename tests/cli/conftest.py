@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import CONFIG, DATASET, Outcome, Tiny, environment, write_npz
+from factory_cases import MODULES, Lab, make_lab
 
 from harness.cli.main import main
 
@@ -90,3 +91,13 @@ def run(
 
     yield run_here
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A user's folder; what commands import from it is forgotten afterwards."""
+    path = list(sys.path)
+    yield make_lab(tmp_path_factory.mktemp("user"))
+    sys.path[:] = path
+    for name in MODULES:
+        sys.modules.pop(name, None)
