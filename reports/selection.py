@@ -6,7 +6,6 @@ attacks and seeds; what is set aside is kept in `View.notes` so that the report 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from harness.latencies import latest_latencies
 from harness.metrics import Classes, Latency
 from harness.records import (
     CONTROLS,
-    DEPLOYABLE,
     DERIVED,
     HarnessError,
     Machine,
@@ -27,10 +25,19 @@ from harness.seeds import SeedGroup, key_of, seed_groups
 from harness.sources import left_out
 from harness.store import Store
 from reports.estimates import estimated
-from reports.view import GRADIENT_FREE, Craft, DeviceId, RunKey, SeedKey, VariantView, View
+from reports.subject import (
+    choose_baseline,
+    choose_reference_eps,
+    choose_targeted_eps,
+    device_of,
+    headline_craft,
+    headline_device,
+    in_headline,
+    is_search,
+)
+from reports.view import DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
 
-REFERENCE_EPS = 10.0
 DEPLOYED = "onnxruntime"
 
 
@@ -53,18 +60,18 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
             "no results of exported models in the store: run `harness attack-device --device"
             " local` (or `harness run`) first"
         )
-    chosen = _headline_device(deployed, device)
-    here = [row for row in deployed if _device(row) == chosen]
+    chosen = headline_device(deployed, device)
+    here = [row for row in deployed if device_of(row) == chosen]
     measured = {row.evaluation_sha256 for row in here}
     evaluation_sha = next(s for s in reversed(store.evaluation_sets()) if s in measured)
     on_set = [row for row in deployed if row.evaluation_sha256 == evaluation_sha]
-    here = [row for row in on_set if _device(row) == chosen]
+    here = [row for row in on_set if device_of(row) == chosen]
     uaps = store.uaps()
     recency = {sha256: rank for rank, sha256 in enumerate(uaps)}
     here.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
-    craft = _headline_craft(here)
-    reference = _reference_eps(here, craft)
-    targeted_eps = _targeted_eps(here, craft, reference)
+    craft = headline_craft(here)
+    reference = choose_reference_eps(here, craft)
+    targeted_eps = choose_targeted_eps(here, craft, reference)
     on_set.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
     predicted: dict[RunKey, Classes] = {}
     machines: dict[tuple[DeviceId, str], Machine] = {}
@@ -81,22 +88,22 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
     def shown(row: ResultRow) -> ResultRow:
         return _averaged(estimated(row, predicted=predicted, labels=labels), seeds)
 
-    kept = [shown(row) for row in on_set if _in_headline(row, craft)]
-    free = [shown(row) for row in on_set if _is_gradient_free(row, craft)]
+    kept = [shown(row) for row in on_set if in_headline(row, craft)]
+    free = [shown(row) for row in on_set if is_search(row, craft)]
     models, timings = store.models(), latest_latencies(store)
-    devices = (chosen, *sorted({_device(row) for row in on_set} - {chosen}))
+    devices = (chosen, *sorted({device_of(row) for row in on_set} - {chosen}))
     by_device = {
         place: _variants(
-            [row for row in kept if _device(row) == place],
+            [row for row in kept if device_of(row) == place],
             models,
             {} if place.emulated else timings,
-            searches=[row for row in free if _device(row) == place],
+            searches=[row for row in free if device_of(row) == place],
             reference=reference,
             targeted_eps=targeted_eps,
         )
         for place in devices
     }
-    base = _baseline_name(store, by_device[chosen], baseline)
+    base = choose_baseline(store, by_device[chosen], baseline)
     by_device = {
         place: tuple(sorted(variants, key=lambda v: v.name != base))
         for place, variants in by_device.items()
@@ -118,19 +125,6 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
         seeds=seeds,
         notes=_notes(deployed, on_set, [*kept, *free], seeds, here) + _outdated(by_device[chosen]),
     )
-
-
-def _baseline_name(store: Store, variants: tuple[VariantView, ...], wanted: str | None) -> str:
-    names = [variant.name for variant in variants]
-    if wanted is not None:
-        if wanted not in names:
-            raise HarnessError(
-                f"no results of {wanted!r} to compare with: choose from {', '.join(names)}"
-            )
-        return wanted
-    if any(name in DEPLOYABLE for name in names):
-        return "full"
-    return next((name for name in store.first_measured() if name in names), "full")
 
 
 def _variants(
@@ -189,89 +183,10 @@ def _variants(
     return tuple(views)
 
 
-def _headline_device(rows: list[ResultRow], device: str | None) -> DeviceId:
-    places = Counter(_device(row) for row in rows)
-    if device is not None:
-        matching = [place for place in places if place.name == device]
-        if not matching:
-            known = ", ".join(sorted({place.name for place in places}))
-            raise HarnessError(
-                f"no results from device {device!r}: choose from {known}, or run"
-                f" `harness attack-device --device {device}`"
-            )
-        return min(matching)  # a real board before its emulation
-    local = DeviceId("local", emulated=False)
-    if local in places:
-        return local
-    return min(places, key=lambda place: (-places[place], place))
-
-
-def _headline_craft(rows: list[ResultRow]) -> Craft | None:
-    """The (protocol, attack, seed) with most untargeted rows; the newest where they tie.
-
-    Not that of searches alone, which stand beside what they check: on one model they are as many.
-    """
-    campaigns = {
-        _craft(row) for row in rows if row.target is not None or row.uap_source != row.variant
-    }
-    main = [row for row in rows if row.attack not in GRADIENT_FREE or _craft(row) in campaigns]
-    rows = main if any(_craft(row) is not None for row in main) else rows
-    crafts = [c for row in rows if row.target is None and (c := _craft(row)) is not None]
-    crafts = crafts or [c for row in rows if (c := _craft(row)) is not None]
-    counts, newest = Counter(crafts), {craft: rank for rank, craft in enumerate(crafts)}
-    return max(counts, key=lambda c: (counts[c], newest[c]), default=None)
-
-
-def _craft(row: ResultRow) -> Craft | None:
-    if row.uap_source is None or row.uap_source in CONTROLS:
-        return None
-    return row.protocol or "", row.attack or "", row.seed or 0
-
-
-def _in_headline(row: ResultRow, craft: Craft | None) -> bool:
-    own = _craft(row)
-    return own is None or own == craft
-
-
-def _reference_eps(rows: list[ResultRow], craft: Craft | None) -> float | None:
-    """The budget of the transfer matrix; without one 10/255, else the largest there is."""
-    untargeted = [row for row in rows if row.target is None and row.eps is not None]
-    crafted = [row for row in untargeted if _craft(row) == craft and craft is not None]
-    budgets = {row.eps for row in crafted or untargeted if row.eps is not None}
-    transfers = Counter(row.eps for row in crafted if row.uap_source != row.variant)
-    return max(budgets, key=lambda eps: (transfers[eps], eps == REFERENCE_EPS, eps), default=None)
-
-
-def _targeted_eps(
-    rows: list[ResultRow], craft: Craft | None, reference: float | None
-) -> float | None:
-    budgets = Counter(
-        row.eps
-        for row in rows
-        if row.target is not None and row.uap_source == row.variant and _in_headline(row, craft)
-    )
-    return max(
-        (eps for eps in budgets if eps is not None),
-        key=lambda eps: (budgets[eps], eps == reference, eps),
-        default=None,
-    )
-
-
 def _by_eps(rows: list[ResultRow]) -> tuple[ResultRow, ...]:
     """One row a budget, ascending; rows come by recency, and the newest is kept."""
     newest = {row.eps or 0.0: row for row in rows}
     return tuple(newest[eps] for eps in sorted(newest))
-
-
-def _is_gradient_free(row: ResultRow, craft: Craft | None) -> bool:
-    """A search on the victim itself, beside a headline attack that uses gradients."""
-    return (
-        row.attack in GRADIENT_FREE
-        and craft is not None
-        and craft[:1] == (row.protocol or "",)
-        and craft[1] not in GRADIENT_FREE
-        and (row.uap_source, row.target) == (row.variant, None)
-    )
 
 
 def _averaged(row: ResultRow, seeds: dict[SeedKey, SeedGroup]) -> ResultRow:
@@ -341,10 +256,6 @@ def _checkpoint(model: ModelRecord) -> str | None:
     metadata = model.manifest.get("metadata")
     value = metadata.get("checkpoint_sha256") if isinstance(metadata, dict) else None
     return value if isinstance(value, str) else None
-
-
-def _device(row: ResultRow) -> DeviceId:
-    return DeviceId(row.device, row.emulated)
 
 
 def _first(item: tuple[tuple[DeviceId, str], Machine]) -> tuple[DeviceId, str]:

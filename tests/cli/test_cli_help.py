@@ -240,7 +240,7 @@ def test_plan_of_an_empty_workspace(run: Run, empty: Path) -> None:
         assert task["estimated_seconds"] >= 0
     stages = [task["stage"] for task in tasks]
     counts = {stage: stages.count(stage) for stage in stages}
-    assert counts == {"train": 10, "export": 10, "craft": 4 + 10 * 5 + 11, "evaluate": 10}
+    assert counts == {"train": 10, "export": 10, "craft": 4 + 10 * 6 + 11, "evaluate": 10}
     assert list(counts) == ["train", "export", "craft", "evaluate"]
     assert sum(task["estimated_seconds"] for task in tasks) > 0
     people = succeeded(run("plan", cwd=empty))
@@ -272,7 +272,7 @@ def test_plan_before_the_data_is_there(
 def test_plan_of_a_finished_workspace(run: Run, workspace: Path) -> None:
     before = artefacts(workspace)
     tasks = json.loads(succeeded(run("plan", "--json", cwd=workspace)).out)
-    assert len(tasks) == 95
+    assert len(tasks) == 105
     assert all(task["cached"] and task["estimated_seconds"] is None for task in tasks)
     assert "nothing" in succeeded(run("plan", cwd=workspace)).out
     assert artefacts(workspace) == before
@@ -286,8 +286,8 @@ def test_plan_of_more_seeds_and_budgets(run: Run, empty: Path) -> None:
     plain = craft_tasks()
     edit(empty, "eps = [4, 10]", 'eps = [4, 10]\ntransfer_eps = "all"\nseeds = 3')
     more = craft_tasks()
-    assert len(plain) == 4 + 10 * (2 + 2) + 11 + 10
-    assert len(more) == 4 + 3 * (10 * (2 + 2) + 11 * 2) + 10
+    assert len(plain) == 4 + 10 * (2 + 2) + 11 + 20
+    assert len(more) == 4 + 3 * (10 * (2 + 2) + 11 * 2) + 20
     assert {"craft fleet_eps4_s2", "craft fleet_without_pp2_eps10_s1"} <= more.keys()
     # The whole fleet's 66 at six epochs, of models that cost more or less; full's 12 at two.
     ratio = more["craft fleet_eps4_s2"] / more["craft full_eps4_s2"]

@@ -133,7 +133,9 @@ def test_rows_are_exactly_the_experiment(rows: list[Row]) -> None:
         assert len(attacks) == 1 + 4 + 2 + 9 + 2 + 2
         both = ("onnxruntime", "torch")
         expected |= {(victim, rt, *a, False) for a in attacks for rt in both}
-        expected |= {(victim, rt, victim, 10, None, True) for rt in both}  # without gradients
+        expected |= {
+            (victim, rt, victim, e, None, True) for rt in both for e in EPS
+        }  # without gradients
     found = [(*(r[key] for key in KEYS), r["attack"] == "fourier") for r in rows]
     assert len(found) == len(set(found)) == 440
     assert set(found) == expected
@@ -211,11 +213,11 @@ def test_compressed_files_cost_less(rows: list[Row]) -> None:
 def test_results_can_be_narrowed(run: Callable[..., Outcome], tiny: Tiny) -> None:
     chosen = run("results", "--json", "--model", "q4", "--runtime", "torch", cwd=tiny.root)
     narrowed = json.loads(succeeded(chosen).out)
-    assert len(narrowed) == 21
+    assert len(narrowed) == 22
     assert {(r["variant"], r["runtime"]) for r in narrowed} == {("q4", "torch")}
     for_people = succeeded(run("results", "--model", "q4", cwd=tiny.root))
     listed, _, below = for_people.out.partition("\ngradient masking\n")
-    assert len(listed.splitlines()) == 1 + 42
+    assert len(listed.splitlines()) == 1 + 44
     assert [line.split()[:2] for line in below.splitlines()] == [["model", "eps"], ["Q4", "10"]]
     assert for_people.err == ""
 
@@ -237,7 +239,7 @@ def test_the_report_can_be_written_elsewhere(
 def test_a_second_run_builds_nothing(workspace: Path) -> None:
     before, stored = artefacts(workspace), table(workspace, "SELECT * FROM prediction_run")
     outcome = succeeded(harness("run", cwd=workspace))
-    assert outcome.err.splitlines() == ["95 already built and still valid: not built again"]
+    assert outcome.err.splitlines() == ["105 already built and still valid: not built again"]
     assert outcome.out == "report/index.html\n"
     assert artefacts(workspace) == before
     assert table(workspace, "SELECT * FROM prediction_run") == stored
@@ -324,10 +326,12 @@ def test_another_eps_adds_uaps_and_evaluations_only(workspace: Path) -> None:
     edit(workspace, "eps = [4, 10]", "eps = [4, 6.5, 10]")
     succeeded(harness("run", cwd=workspace))
     after = artefacts(workspace)
-    assert written(before, after) == {f"{s}_eps6.5.pt" for s in (*PAPER_ORDER, *CONTROLS)}
+    crafted = {f"{s}_eps6.5.pt" for s in (*PAPER_ORDER, *CONTROLS)}
+    searched = {f"{s}_eps6.5_fourier.pt" for s in PAPER_ORDER}
+    assert written(before, after) == crafted | searched
     # Each victim under its own new UAP and both controls, by both runtimes.
     ((now,),) = table(workspace, "SELECT count(*) FROM prediction_run")
-    assert now - count == 10 * 3 * 2
+    assert now - count == 10 * 4 * 2
 
 
 def test_another_learning_rate_of_pp_rebuilds_exactly_pp(

@@ -261,7 +261,7 @@ def test_what_an_experiment_attacks_each_victim_with(tmp_path: Path) -> None:
     assert "random_eps10" in names
     assert "random_eps10_s1" not in names  # nobody crafts a control
     everything = [name.stem for name in all_uap_names(ours, variants)]
-    assert len(everything) == len(set(everything)) == 12 + 2 * (10 * (6 + 1) + 2 * 11) + 10
+    assert len(everything) == len(set(everything)) == 12 + 2 * (10 * (6 + 1) + 2 * 11) + 10 * 6
     assert everything.index("full_eps10_s1") < everything.index("full_eps10")
     off = context(tmp_path, craft_config(fleet_epochs=0))
     assert not any(name.source.startswith(FLEET) for name in all_uap_names(off, variants))

@@ -1,0 +1,110 @@
+"""What the report is about, of all that a store may hold: device, crafting run, budgets, baseline.
+
+Enters: result rows. Leaves: the choice; `reports.selection` gathers what belongs to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from harness.records import CONTROLS, DEPLOYABLE, HarnessError, ResultRow
+from harness.store import Store
+from reports.view import GRADIENT_FREE, Craft, DeviceId, VariantView
+
+REFERENCE_EPS = 10.0
+
+
+def device_of(row: ResultRow) -> DeviceId:
+    return DeviceId(row.device, row.emulated)
+
+
+def headline_device(rows: list[ResultRow], device: str | None) -> DeviceId:
+    places = Counter(device_of(row) for row in rows)
+    if device is not None:
+        matching = [place for place in places if place.name == device]
+        if not matching:
+            known = ", ".join(sorted({place.name for place in places}))
+            raise HarnessError(
+                f"no results from device {device!r}: choose from {known}, or run"
+                f" `harness attack-device --device {device}`"
+            )
+        return min(matching)  # a real board before its emulation
+    local = DeviceId("local", emulated=False)
+    if local in places:
+        return local
+    return min(places, key=lambda place: (-places[place], place))
+
+
+def headline_craft(rows: list[ResultRow]) -> Craft | None:
+    """The (protocol, attack, seed) with most untargeted rows; the newest where they tie.
+
+    Not that of searches alone, which stand beside what they check: on one model they are as many.
+    """
+    campaigns = {
+        craft_of(row) for row in rows if row.target is not None or row.uap_source != row.variant
+    }
+    main = [row for row in rows if row.attack not in GRADIENT_FREE or craft_of(row) in campaigns]
+    rows = main if any(craft_of(row) is not None for row in main) else rows
+    crafts = [c for row in rows if row.target is None and (c := craft_of(row)) is not None]
+    crafts = crafts or [c for row in rows if (c := craft_of(row)) is not None]
+    counts, newest = Counter(crafts), {craft: rank for rank, craft in enumerate(crafts)}
+    return max(counts, key=lambda c: (counts[c], newest[c]), default=None)
+
+
+def craft_of(row: ResultRow) -> Craft | None:
+    if row.uap_source is None or row.uap_source in CONTROLS:
+        return None
+    return row.protocol or "", row.attack or "", row.seed or 0
+
+
+def in_headline(row: ResultRow, craft: Craft | None) -> bool:
+    own = craft_of(row)
+    return own is None or own == craft
+
+
+def choose_reference_eps(rows: list[ResultRow], craft: Craft | None) -> float | None:
+    """The budget of the transfer matrix; without one 10/255, else the largest there is."""
+    untargeted = [row for row in rows if row.target is None and row.eps is not None]
+    crafted = [row for row in untargeted if craft_of(row) == craft and craft is not None]
+    budgets = {row.eps for row in crafted or untargeted if row.eps is not None}
+    transfers = Counter(row.eps for row in crafted if row.uap_source != row.variant)
+    return max(budgets, key=lambda eps: (transfers[eps], eps == REFERENCE_EPS, eps), default=None)
+
+
+def choose_targeted_eps(
+    rows: list[ResultRow], craft: Craft | None, reference: float | None
+) -> float | None:
+    budgets = Counter(
+        row.eps
+        for row in rows
+        if row.target is not None and row.uap_source == row.variant and in_headline(row, craft)
+    )
+    return max(
+        (eps for eps in budgets if eps is not None),
+        key=lambda eps: (budgets[eps], eps == reference, eps),
+        default=None,
+    )
+
+
+def is_search(row: ResultRow, craft: Craft | None) -> bool:
+    """A search on the victim itself, beside a headline attack that uses gradients."""
+    return (
+        row.attack in GRADIENT_FREE
+        and craft is not None
+        and craft[:1] == (row.protocol or "",)
+        and craft[1] not in GRADIENT_FREE
+        and (row.uap_source, row.target) == (row.variant, None)
+    )
+
+
+def choose_baseline(store: Store, variants: tuple[VariantView, ...], wanted: str | None) -> str:
+    names = [variant.name for variant in variants]
+    if wanted is not None:
+        if wanted not in names:
+            raise HarnessError(
+                f"no results of {wanted!r} to compare with: choose from {', '.join(names)}"
+            )
+        return wanted
+    if any(name in DEPLOYABLE for name in names):
+        return "full"
+    return next((name for name in store.first_measured() if name in names), "full")
