@@ -159,11 +159,12 @@ def attack_device(
     # Whether a model can be attacked is tried on images, also before a dry run.
     planning = dry_run and not brought
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=planning)
+    model = brought.load(context) if brought else None
     tasks, victims, paths = attack_tasks(
         context,
         variants=_exported(context) if variants is None else variants,
         onnx_files=list(onnx_files),
-        brought=brought.load(context) if brought else None,
+        brought=model,
         uaps=[*uaps, *_matrix(context, transfer_eps)],
         device=device,
         budget_s=budget_s,
@@ -172,7 +173,8 @@ def attack_device(
         instructions=instructions,
     )
     if dry_run:
-        print_plan(context, tasks, as_json=as_json)
+        # Of several models, the user's is what is not sized by the configuration.
+        print_plan(context, tasks, as_json=as_json, brought=model)
         return
     with working_in(workspace):
         context.build(tasks)

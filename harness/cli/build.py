@@ -25,10 +25,11 @@ from harness.cli.options import (
 )
 from harness.cli.plan_table import print_plan
 from harness.config_rules import ATTACKS
-from harness.records import CONTROLS, PAPER_ORDER, UsageError
+from harness.records import CONTROLS, UsageError
 from harness.sources import is_ensemble, members
 
 if TYPE_CHECKING:
+    from harness.pipeline.brought import Brought
     from harness.pipeline.context import Context
     from harness.pipeline.tasks import Task
     from harness.workspace import UapName
@@ -157,27 +158,25 @@ def craft(
         if not 1 <= value <= 255:
             raise UsageError(f"--eps {value:g} must be from 1 to 255 (1/255 units)")
 
-    def tasks(context: Context) -> tuple[list[Task], list[Path]]:
-        from harness.pipeline.checkpoints import train_tasks
-        from harness.pipeline.uaps import craft_tasks
-
-        context = _with_seeds(context, seeds)
-        names = _uap_names(context, sources, eps, targets, attack)
-        trained = [name for source in sources for name in members(source)]
-        wanted = train_tasks(context, trained) + craft_tasks(context, names)
-        if brought:
-            from harness.pipeline.brought import brought_tasks
-
-            model = brought.load(context)
-            own = _uap_names(context, [model.recipe.name], eps, targets, attack)
-            names, wanted = names + own, wanted + brought_tasks(model, own)
-        return wanted, [context.workspace.uap(name) for name in names]
+    from harness.pipeline.checkpoints import train_tasks
+    from harness.pipeline.uaps import craft_tasks
 
     workspace = agreed_workspace(root, None, dataset, None)
     # Whether a model can be attacked is tried on images, also before a dry run.
     planning = dry_run and not brought
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=planning)
-    build_in(context, *tasks(context), dry_run=dry_run, as_json=as_json)
+    context = _with_seeds(context, seeds)
+    names = _uap_names(context, sources, eps, targets, attack)
+    trained = [name for source in sources for name in members(source)]
+    tasks = train_tasks(context, trained) + craft_tasks(context, names)
+    model = brought.load(context) if brought else None
+    if model is not None:
+        from harness.pipeline.brought import brought_tasks
+
+        own = _uap_names(context, [model.recipe.name], eps, targets, attack)
+        names, tasks = names + own, tasks + brought_tasks(model, own)
+    paths = [context.workspace.uap(name) for name in names]
+    build_in(context, tasks, paths, dry_run=dry_run, as_json=as_json, brought=model)
 
 
 def _uap_names(
@@ -208,7 +207,7 @@ def _uap_names(
         else:
             names += white_box_names(context, source)
             names += [] if control else targeted_names(context, source)
-            if source in PAPER_ORDER and attack is None:
+            if not control and attack is None:
                 names += gradient_free_names(context, source)
     if attack not in (None, context.config.attack):  # the workspace's own has it not in its name
         names = [n if n.source in CONTROLS else replace(n, attack=attack) for n in names]
@@ -251,13 +250,19 @@ def build_artefacts(
 
 
 def build_in(
-    context: Context, tasks: list[Task], paths: list[Path], *, dry_run: bool, as_json: bool
+    context: Context,
+    tasks: list[Task],
+    paths: list[Path],
+    *,
+    dry_run: bool,
+    as_json: bool,
+    brought: Brought | None = None,
 ) -> None:
     """Run tasks and print the files they leave, or only say what they would build."""
     import json
 
     if dry_run:
-        print_plan(context, tasks, as_json=as_json)
+        print_plan(context, tasks, as_json=as_json, brought=brought)
         return
     with working_in(context.workspace):
         context.build(tasks)

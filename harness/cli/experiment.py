@@ -132,14 +132,15 @@ def run(
         # Whether a model can be attacked is tried on images, also before a dry run.
         planning=dry_run and not brought,
     )
-    if brought:
-        tasks, victims, paths = brought_experiment(brought.load(context), device)
+    model = brought.load(context) if brought else None
+    if model is not None:
+        tasks, victims, paths = brought_experiment(model, device)
     else:
         variants = _variants(models, all_models)
         tasks = experiment_tasks(context, variants, device)
         victims, paths = experiment_files(context, variants)
     if dry_run:
-        print_plan(context, tasks, as_json=as_json)
+        print_plan(context, tasks, as_json=as_json, brought=model)
         return
     with working_in(workspace):
         context.build(tasks)

@@ -177,7 +177,8 @@ def _export_brought(
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)
     model = brought.load(context)
     path = workspace.onnx(model.recipe.name)
-    build_in(context, [brought_export_task(model)], [path], dry_run=dry_run, as_json=as_json)
+    tasks = [brought_export_task(model)]
+    build_in(context, tasks, [path], dry_run=dry_run, as_json=as_json, brought=model)
     if dry_run:
         return
     costly = [finding for finding in lint_file(path) if finding.severity != "info"]

@@ -14,15 +14,18 @@ from harness.cli.progress import duration
 from harness.cli.stdout import StdoutConsole
 
 if TYPE_CHECKING:
+    from harness.pipeline.brought import Brought
     from harness.pipeline.context import Context
     from harness.pipeline.tasks import Task
 
 
-def print_plan(context: Context, tasks: Sequence[Task], *, as_json: bool) -> None:
-    """Print every task with its state; builds nothing."""
+def print_plan(
+    context: Context, tasks: Sequence[Task], *, as_json: bool, brought: Brought | None = None
+) -> None:
+    """Print every task with its state; builds nothing. `brought`: whose model the work is about."""
     from harness.pipeline.estimate import elapsed_seconds, measured_rates
 
-    rates = measured_rates(context)
+    rates = measured_rates(context, brought.model if brought else None)
     states = [(task, task.is_done()) for task in tasks]
     if as_json:
         rows = [

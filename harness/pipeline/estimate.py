@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
+from harness.crafting.arithmetic import images_at_once
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, build_model
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
@@ -24,7 +26,7 @@ REPETITIONS = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one image's forward pass through the configured model."""
+    """Seconds of one image's forward pass through the model that the work is about."""
 
     accelerator: float
     core: float
@@ -34,16 +36,22 @@ class Rates:
         return task.work * self.accelerator + task.core_work * self.core + task.known_s
 
 
-def measured_rates(context: Context) -> Rates:
-    """Median times, measured now; on a CPU both are of one core."""
+def measured_rates(context: Context, model: nn.Module | None = None) -> Rates:
+    """Median times, measured now; on a CPU both are of one core.
+
+    Args:
+        context: the workspace.
+        model: pixels float [N, C, H, W] in [0, 255] -> logits; None: as the configuration has it.
+    """
     use_cpu_threads(TRAIN_THREADS)
-    core = _seconds_per_forward(context, torch.device("cpu"))
+    model = model or _configured(context)
+    core = _seconds_per_forward(context, model, torch.device("cpu"))
     if context.accelerator.type == "cpu":
         return Rates(core, core)
-    return Rates(_seconds_per_forward(context, context.accelerator), core)
+    return Rates(_seconds_per_forward(context, model, context.accelerator), core)
 
 
-def _seconds_per_forward(context: Context, device: torch.device) -> float:
+def _configured(context: Context) -> nn.Module:
     config, data = context.config, context.data
     spec = ModelSpec(
         arch=config.arch,
@@ -53,10 +61,14 @@ def _seconds_per_forward(context: Context, device: torch.device) -> float:
         mean_255=data.mean_255,
         std_255=data.std_255,
     )
-    model = fold(build_model(spec, seed=0).eval()).to(device)
-    batch = min(BATCH, len(data.train))
-    pixels = torch.from_numpy(data.train.images[:batch]).float().to(device)
-    seconds = []
+    return fold(build_model(spec, seed=0).eval())
+
+
+def _seconds_per_forward(context: Context, model: nn.Module, device: torch.device) -> float:
+    images = torch.from_numpy(context.data.train.images[:1])
+    batch = min(BATCH, images_at_once(images), len(context.data.train))
+    pixels = torch.from_numpy(context.data.train.images[:batch]).float().to(device)
+    model, seconds = model.to(device), []
     with torch.inference_mode():
         for _ in range(REPETITIONS + 1):  # the first warms up
             began = time.perf_counter()
