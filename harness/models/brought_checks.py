@@ -68,7 +68,8 @@ def check_attackable(model: BroughtModel, images: np.ndarray, *, classes: int, w
         )
     if logits.shape[1] != classes:
         raise UsageError(
-            f"{what}: its model has {logits.shape[1]} classes; the data set has {classes}"
+            f"{what}: its model has {logits.shape[1]} classes; the data set has {classes} (name "
+            "yours with --dataset)"
         )
     if not bool(torch.isfinite(logits).all()):
         raise UsageError(f"{what}: its model returns logits that are not finite")
