@@ -262,7 +262,8 @@ def _paper_fast(dataset: str | None) -> Config:
     paper = _paper(dataset)
     train = replace(
         paper.train,
-        epochs=30,
+        # With 30 Full ended at 93.5 % of the paper's 94.0 (published); an epoch is a second or two.
+        epochs=40,
         batch_size=512,
         lr=0.4,
         weight_decay=5e-4,

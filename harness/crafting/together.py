@@ -18,7 +18,6 @@ Enters: frozen deployed models, uint8 images. Leaves: one perturbation per reque
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -30,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.artefacts import read_partial, write_partial
 from harness.crafting.arithmetic import Function, crafted_on, images_at_once, in_parts
 from harness.crafting.perturbation import chessboard
 from harness.crafting.seen import Seen
@@ -44,10 +42,9 @@ from harness.crafting.selection import (
     selection_cost,
 )
 from harness.crafting.starts import orders, start_signs, wanted
-from harness.crafting.waves import SAVE_INTERVAL_SECONDS, Wave, find_wave
+from harness.crafting.waves import TINY, Wave, find_wave
 from harness.data.dataset import Split
-
-TINY = 1e-12
+from harness.unfinished import Keeper
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,8 @@ def craft_together(
     delta, velocity = signs * (eps / 2), torch.zeros_like(signs)
     seen = Seen(len(starts), device)
     at_step, waves, searching = 0, list[Wave](), dict[str, Any]()
-    saved = read_partial(partial, key=key)
+    keeper = Keeper(partial, key)
+    saved = keeper.kept()
     if saved is not None:
         waves = [Wave(*values) for values in saved.get("waves", ())]
         searching = saved.get("searching", {})
@@ -189,16 +187,18 @@ def craft_together(
         return orders(seeds, n, epoch=epoch, shuffle=rule.shuffle).to(device)
 
     order = order_of(at_step // per_epoch)
-    last_save = time.monotonic()
 
     def save(step: int) -> None:
-        nonlocal last_save
-        if time.monotonic() - last_save > SAVE_INTERVAL_SECONDS:
-            state = {"step": step, "delta": delta.cpu(), "velocity": velocity.cpu()}
-            state |= {"seen": seen.state(), "waves": [astuple(wave) for wave in waves]}
-            state |= {"searching": searching}
-            write_partial(partial, key=key, state=state)
-            last_save = time.monotonic()
+        keeper.keep(
+            lambda: {
+                "step": step,
+                "delta": delta.cpu(),
+                "velocity": velocity.cpu(),
+                "seen": seen.state(),
+                "waves": [astuple(wave) for wave in waves],
+                "searching": searching,
+            }
+        )
 
     def keep(state: dict[str, Any]) -> None:
         nonlocal searching

@@ -22,7 +22,6 @@ Enters: frozen deployed models, uint8 images. Leaves: one wave; pixel levels, 0.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.artefacts import read_partial, write_partial
 from harness.crafting.arithmetic import Function, crafted_on, images_at_once, in_parts, margin
 from harness.data.splits import Split
+from harness.unfinished import Keeper
 
 PHASES = (1 / 3, 1 / 3 + math.pi / 2)
 """Not a fraction of a turn: no cosine of a whole number of pixels is zero, so none has no sign."""
@@ -46,7 +45,6 @@ MOST_PASSES = 2**15
 FIRST_IMAGES = 2
 """That a frequency is asked about in the first round; with fewer passes, fewer frequencies."""
 TINY = 1e-12
-SAVE_INTERVAL_SECONDS = 5.0
 
 Progress = Callable[[int], None]
 """Forward passes since the last call."""
@@ -292,14 +290,7 @@ def craft_fourier(
         progress: told of forward passes.
     """
     labels = torch.from_numpy(split.labels).to(device)
-    last_save = time.monotonic()
-
-    def save(state: dict[str, Any]) -> None:
-        nonlocal last_save
-        if time.monotonic() - last_save > SAVE_INTERVAL_SECONDS:
-            write_partial(partial, key=key, state=state)
-            last_save = time.monotonic()
-
+    keeper = Keeper(partial, key)
     with crafted_on(models, batch_statistics=False, device=device) as functions:
         found = find_wave(
             functions,
@@ -310,8 +301,8 @@ def craft_fourier(
             seed=seed,
             passes=settings.passes,
             progress=progress,
-            saved=read_partial(partial, key=key),
-            save=save,
+            saved=keeper.kept(),
+            save=lambda state: keeper.keep(lambda: state),
         )
     shape: Shape = (split.images.shape[1], split.images.shape[2], split.images.shape[3])
     return Searched(found.wave.signs(shape) * float(math.floor(eps)), found)

@@ -8,26 +8,23 @@ too, so a resumed run takes exactly the steps an uninterrupted one takes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.artefacts import read_partial, write_partial
 from harness.data.dataset import Split
 from harness.models.resnet import ResNet
 from harness.training import augment
+from harness.unfinished import Keeper
 
-SAVE_INTERVAL_SECONDS = 5.0
-"""At most this much training is lost to a kill, plus the step in progress, ..."""
-CHEAP_SAVE_SECONDS = 0.25
-"""... or so many times more as a save takes longer than this: large models are saved less often."""
 WARM_UP_FRACTION = 0.2
 """Share of a one-cycle schedule spent rising."""
 
@@ -87,7 +84,8 @@ def train(
         _parameter_groups(model, recipe), momentum=recipe.momentum, nesterov=recipe.nesterov
     )
     at = _Position()
-    saved = read_partial(partial, key=key)
+    keeper = Keeper(partial, key)
+    saved = keeper.kept()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -95,7 +93,6 @@ def train(
     images = torch.from_numpy(split.images).to(device)
     labels = torch.from_numpy(split.labels).to(device)
     n = images.shape[0]
-    keeper = _Keeper(partial, key)
     for epoch in range(at.epoch, recipe.epochs):
         rng = np.random.default_rng((seed, epoch))
         order = torch.from_numpy(rng.permutation(n)).to(device)
@@ -111,14 +108,13 @@ def train(
             _set_learning_rate(optimizer, recipe, epoch + done / n)
             _train_step(model, optimizer, images[batch], labels[batch], recipe, rng)
             done += batch.numel()
-            if done < n and keeper.is_due():
-                state = json.dumps(rng.bit_generator.state)
-                keeper.save(model, optimizer, _Position(epoch, step + 1, state))
+            if done < n:
+                keeper.keep(functools.partial(_state, model, optimizer, epoch, step + 1, rng))
             progress(epoch * n + done, recipe.epochs * n, f"epoch {epoch + 1}/{recipe.epochs}")
         if recipe.after_epoch is not None:
             recipe.after_epoch(model)
-        if epoch + 1 < recipe.epochs and keeper.is_due():
-            keeper.save(model, optimizer, _Position(epoch + 1))
+        if epoch + 1 < recipe.epochs:
+            keeper.keep(functools.partial(_state, model, optimizer, epoch + 1, 0))
     model.eval()
 
 
@@ -132,30 +128,21 @@ class _Position:
     """State of the epoch's generator before it, as JSON; of no use before the first step."""
 
 
-class _Keeper:
-    """Saves unfinished training, as often as that is worth its time."""
-
-    def __init__(self, partial: Path, key: str) -> None:
-        self._partial, self._key = partial, key
-        self._last_save = time.monotonic()
-        self._cost = 0.0
-
-    def is_due(self) -> bool:
-        since = time.monotonic() - self._last_save
-        return since > SAVE_INTERVAL_SECONDS * max(1.0, self._cost / CHEAP_SAVE_SECONDS)
-
-    def save(self, model: ResNet, optimizer: torch.optim.Optimizer, at: _Position) -> None:
-        began = time.monotonic()
-        state = {
-            "epoch": at.epoch,
-            "step": at.step,
-            "generator": at.generator,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        write_partial(self._partial, key=self._key, state=state)
-        self._last_save = time.monotonic()
-        self._cost = self._last_save - began
+def _state(
+    model: ResNet,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    step: int,
+    rng: np.random.Generator | None = None,
+) -> dict[str, Any]:
+    """Before that step of that epoch; with the epoch's generator, where it was used already."""
+    return {
+        "epoch": epoch,
+        "step": step,
+        "generator": json.dumps(rng.bit_generator.state) if rng is not None else "",
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
 
 
 def _train_step(

@@ -20,9 +20,8 @@ from harness.training import loop
 # Unfinished work is saved every few seconds; here every epoch, so that epochs of milliseconds are
 # continued from the middle too.
 SAVING_EVERY_EPOCH = """
-from harness.crafting import together
-from harness.training import loop
-together.SAVE_INTERVAL_SECONDS = loop.SAVE_INTERVAL_SECONDS = -1.0
+from harness import unfinished
+unfinished.SAVE_INTERVAL_SECONDS = -1.0
 from harness.cli.main import main
 main()
 """

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from harness import unfinished
 from harness.artefacts import read_partial, sha256_file
 from harness.crafting import together
 from harness.crafting.perturbation import (
@@ -47,7 +48,7 @@ SETTINGS = SgdSettings(
 @pytest.fixture(autouse=True)
 def nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slow machine a run would continue the one before it, which has the same key."""
-    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", 1e9)
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", 1e9)
 
 
 class Linear(nn.Module):
@@ -301,7 +302,7 @@ class Killed(Exception):
 def test_killed_crafting_continues_to_the_very_same_perturbation(
     target: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every step
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every step
     request, settings = Request(10.0, target), replace(SETTINGS, epochs=5, shuffle=True)
     model = fold(trained())
     expected = craft(model, tmp_path / "whole.pt", request, settings)

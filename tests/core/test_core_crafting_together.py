@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from core_cases import CPU, IMAGE_SHAPE, split, trained
 from torch import Tensor, nn
 
+from harness import unfinished
 from harness.artefacts import read_partial
 from harness.crafting import arithmetic, together
 from harness.crafting.momentum import MomentumSettings
@@ -63,7 +64,7 @@ def craft(
 @pytest.fixture(autouse=True)
 def nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slow machine a run would continue the one before it, which has the same key."""
-    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", 1e9)
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", 1e9)
 
 
 @pytest.fixture
@@ -264,7 +265,7 @@ def test_a_killed_pass_continues_to_the_very_same_perturbations(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every step
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every step
     model, partial = fold(trained()), tmp_path / "partial.pt"
     expected = craft(model, tmp_path / "whole.pt", rule=settings.rule)
     left = iter(range(after))

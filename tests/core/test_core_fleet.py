@@ -13,6 +13,7 @@ import torch
 from core_cases import CPU, IMAGE_SHAPE, split, trained
 from torch import Tensor, nn
 
+from harness import unfinished
 from harness.config import Config, config_from_dict, preset_named
 from harness.crafting import together
 from harness.crafting.momentum import MomentumSettings
@@ -61,7 +62,7 @@ def craft(models: list[nn.Module], jobs: list[Job], rule: Rule, partial: Path) -
 
 @pytest.fixture(autouse=True)
 def one_thread_and_nothing_saved(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(together, "SAVE_INTERVAL_SECONDS", 1e9)
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", 1e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

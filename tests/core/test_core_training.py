@@ -18,6 +18,7 @@ from core_cases import CPU, spec, split, state_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import unfinished
 from harness.compression.sfp import zero_weakest_filters
 from harness.models.resnet import ResNet, build_model
 from harness.training import loop
@@ -84,7 +85,7 @@ def run(
 def test_a_killed_run_continues_to_the_very_same_weights(
     bits: int | None, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every epoch
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every epoch
     recipe = replace(RECIPE, **changes)
     expected = run(build_model(spec(bits=bits), seed=1), recipe, tmp_path / "whole.pt")
     partial = tmp_path / "partial.pt"
@@ -110,7 +111,7 @@ def test_killed_within_an_epoch_it_continues_there(kills: list[int]) -> None:
     recipe = replace(RECIPE, cutout_size=4, mixup_alpha=1.0, nesterov=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(loop, "SAVE_INTERVAL_SECONDS", -1.0),
+        mock.patch.object(unfinished, "SAVE_INTERVAL_SECONDS", -1.0),
     ):
         expected = run(build_model(spec(), seed=1), recipe, Path(folder) / "whole.pt")
         partial, steps = Path(folder) / "partial.pt", 0
@@ -138,18 +139,18 @@ def test_killed_within_an_epoch_it_continues_there(kills: list[int]) -> None:
 
 
 def test_a_large_model_is_saved_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_INTERVAL_SECONDS", 1e-6)
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", 1e-6)
     saves: list[Path] = []
 
     def slow(path: Path, **_more: object) -> None:
         saves.append(path)
         time.sleep(0.05)
 
-    monkeypatch.setattr(loop, "write_partial", slow)
+    monkeypatch.setattr(unfinished, "write_partial", slow)
     run(build_model(spec(), seed=1), RECIPE, tmp_path / "p.pt")
     assert len(saves) == 4 * 3 - 1  # after every step but the last
     saves.clear()
-    monkeypatch.setattr(loop, "CHEAP_SAVE_SECONDS", 1e-12)  # the next is due in half a day
+    monkeypatch.setattr(unfinished, "CHEAP_SAVE_SECONDS", 1e-12)  # the next is due in half a day
     run(build_model(spec(), seed=1), RECIPE, tmp_path / "p.pt")
     assert len(saves) == 1
 
@@ -163,7 +164,7 @@ def test_mixed_precision_changes_nothing_on_a_cpu(tmp_path: Path) -> None:
 def test_unfinished_work_of_another_key_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SAVE_INTERVAL_SECONDS", -1.0)
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", -1.0)
     expected = run(build_model(spec(), seed=1), RECIPE, tmp_path / "whole.pt", key="theirs")
     partial = tmp_path / "partial.pt"
     with pytest.raises(Killed):
@@ -174,7 +175,7 @@ def test_unfinished_work_of_another_key_is_ignored(
 def test_nothing_is_saved_within_the_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SAVE_INTERVAL_SECONDS", 1e9)
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", 1e9)
     run(build_model(spec(), seed=1), RECIPE, tmp_path / "partial.pt")
     assert list(tmp_path.iterdir()) == []
 

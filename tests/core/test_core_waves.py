@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from harness import unfinished
 from harness.artefacts import read_partial
-from harness.crafting import waves
 from harness.crafting.arithmetic import margin
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.perturbation import chessboard, random_sign, to_levels
@@ -256,7 +256,7 @@ def test_several_networks_are_asked_alike(tmp_path: Path) -> None:
 def test_a_killed_search_continues_to_the_very_same_wave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waves, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every round
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", -1.0)  # save after every round
     model, partial = fold(trained()), tmp_path / "partial.pt"
     expected = search(model, tmp_path / "whole.pt")
     left = itertools.count()
