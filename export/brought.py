@@ -15,13 +15,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -63,7 +66,7 @@ def export_brought(
         out: the .onnx file; the manifest goes beside it.
         calibration: uint8 [N, C, H, W], the images to compare on, `MOST_COMPARED` at most.
         classes: class names, in the order of the logits.
-        metadata: written into the file and the manifest.
+        metadata: written into the manifest; the file holds its digest.
 
     Raises:
         UsageError: no exporter takes the model, or no file is the same function: in one line, what
@@ -72,9 +75,11 @@ def export_brought(
         ValueError: calibration images, file name, class names or metadata of the wrong form.
     """
     images = calibration[:MOST_COMPARED]
-    _, properties = check_request(
-        len(classes), out=out, calibration=images, metadata=metadata, classes=classes
-    )
+    with torch.no_grad():
+        logits = model(torch.from_numpy(images[:1].copy()).float()).shape[1]
+    check_request(logits, out=out, calibration=images, metadata=metadata, classes=classes)
+    # Of one length for all models: what a file weighs must not depend on what it is called.
+    properties = {"origin": sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()}
     deployed = _Deployed(model).eval()
     refusals: dict[str, str] = {}
     examples = torch.from_numpy(np.resize(images, (EXAMPLES, *images.shape[1:])))
@@ -168,17 +173,21 @@ WAYS: tuple[tuple[str, Write, int | None], ...] = (
 def _tidied(content: bytes, properties: Mapping[str, str]) -> bytes:
     """Without what is not of the function: where on this machine the code is, for one."""
     model = load_model(content)
-    model.doc_string = model.graph.doc_string = ""
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    del model.graph.metadata_props[:]
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        value.doc_string = ""
-        del value.metadata_props[:]
+    _strip(model)
     helper.set_model_props(model, dict(sorted(properties.items())))
     onnx.checker.check_model(model)
     return serialise(model)
+
+
+def _strip(message: Any) -> None:
+    """Clear descriptions and notes, wherever in the model: subgraphs, functions, values."""
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type is not None and field.name != "initializer":
+            # A repeated field has no ListFields of a message.
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _strip(part)
 
 
 def _compared(content: bytes, model: nn.Module, images: Images, batch: int | None) -> Agreement:

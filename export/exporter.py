@@ -231,7 +231,11 @@ def save_export(
         "agreement_images_sha256": hashlib.sha256(calibration.tobytes()).hexdigest(),
         "min_opset": cost.opset,
         "checked_with": {"onnxruntime": agreement.runtime_version},
-        NOMINAL_BITS: {layer["name"]: layer["bits_nominal"] for layer in cost.layers},
+        NOMINAL_BITS: {
+            layer["name"]: layer["bits_nominal"]
+            for layer in cost.layers
+            if "bits_nominal" in layer  # what cannot be counted has none
+        },
     }
     text = _as_text(manifest)
     manifest_path = out.with_suffix(".json")

@@ -135,6 +135,8 @@ def _row(
     # The card counts what the ONNX file executes; it says nothing about the PyTorch model.
     cost = model.cost if key.runtime == "onnxruntime" else None
     mode, timing = latency if latency is not None else (None, None)
+    # A part of the products is no count: it would pass for the cheapest.
+    counted = cost is not None and all(layer["macs"] is not None for layer in cost.layers)
     return ResultRow(
         variant=model.variant,
         method=model.method,
@@ -178,9 +180,9 @@ def _row(
         instructions=instructions,
         file_bytes=cost.file_bytes if cost else None,
         params=cost.params if cost else None,
-        macs=cost.macs if cost else None,
-        flops=2 * cost.macs if cost else None,
-        bops=cost.bops_executed if cost else None,
+        macs=cost.macs if cost and counted else None,
+        flops=2 * cost.macs if cost and counted else None,
+        bops=cost.bops_executed if cost and counted else None,
         peak_rss_bytes=timing.rss_peak_bytes if timing else None,
         torch_agreement=agreement,
         uer_gap=gap,

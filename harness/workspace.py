@@ -26,7 +26,7 @@ DEFAULT_ATTACK = ""
 DEFAULT_SEED = 0
 
 _UAP_NAME = re.compile(
-    r"(?P<source>[a-z][a-z0-9]*(?:_[a-z0-9]+)*)_eps(?P<eps>\d+(?:\.\d+)?)"
+    r"(?P<source>[A-Za-z][A-Za-z0-9_-]{0,63})_eps(?P<eps>\d+(?:\.\d+)?)"
     r"(?:_t(?P<target>\d+))?(?:_(?P<attack>[a-z]+))?(?:_s(?P<seed>\d+))?\.pt"
 )
 

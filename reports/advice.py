@@ -15,7 +15,7 @@ from harness.records import ResultRow
 from harness.sources import FLEET
 from reports import words
 from reports.choosing import fleet_mix, pareto_front
-from reports.inference import ALPHA, adjusted_apart, holm, mean_difference, paired, rate_of
+from reports.inference import ALPHA, MARGIN, adjusted_apart, holm, mean_difference, paired, rate_of
 from reports.view import VariantView, View
 from reports.words import label_of, listed, p_value, percent
 
@@ -98,7 +98,8 @@ def not_faster(view: View) -> list[str]:
         elif p >= ALPHA:
             level.append(f"{variant.label} ({ratio:.2f} times)")
     doubtful = [v for v in others if v not in sound]
-    text = f" shown to be slower, though compressed: {listed(slower)}." if slower else ""
+    though = ", though compressed" if view.baseline_name == "full" else ""
+    text = f" shown to be slower{though}: {listed(slower)}." if slower else ""
     text += f" No difference shown: {listed(level)}." if level else ""
     text += f" A hint only, not validly measured: {ratios(doubtful)}." if doubtful else ""
     return [against + text] if text else []
@@ -166,6 +167,9 @@ def _accuracy_lead(view: View, accurate: VariantView) -> str:
 def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
     front = [points[i] for i in pareto_front([(value, uer) for _, value, uer in points])]
     chosen = _most_accurate(view, front[0], points)
+    if chosen is not front[0]:  # what errs less than that one for more
+        left = [chosen, *(p for p in points if p[1] > chosen[1])]
+        front = [left[i] for i in pareto_front([(value, uer) for _, value, uer in left])]
     cheapest, value, uer = chosen
     text = (
         f"If {cost.phrase} is the limit, take {cheapest.label}: {cost.show(value)},"
@@ -192,12 +196,32 @@ def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
 
 
 def _most_accurate(view: View, chosen: Rated, points: list[Rated]) -> Rated:
-    """Of those that cost the same and are not shown to differ, the best on clean images."""
-    same = [p for p in points if p[1] == chosen[1] and p[0] is not chosen[0]]
+    """Of those that cost the same and are no worse under attack, the best on clean images.
+
+    Another than the one that errs least is taken only where it is shown to be more accurate, and
+    errs less than `MARGIN` more under attack, no difference shown.
+    """
+    least, base = chosen[2], chosen[0].clean
+    same = [
+        p for p in points if p[1] == chosen[1] and p[0] is not chosen[0] and p[2] < least + MARGIN
+    ]
     pairs = [(v.worst, chosen[0].worst) for v, _, _ in same]
-    adjusted = paired(view, [(a, b) for a, b in pairs if a is not None and b is not None])
-    level = [chosen, *(rated for rated, p in zip(same, adjusted, strict=True) if p >= ALPHA)]
-    return max(level, key=lambda r: (r[0].clean.clean_accuracy or 0.0) if r[0].clean else 0.0)
+    level = paired(view, [(a, b) for a, b in pairs if a is not None and b is not None])
+    cleans = [(v.clean, base) for v, _, _ in same]
+    better = paired(view, [(a, b) for a, b in cleans if a is not None and b is not None])
+    if base is None or len(better) < len(same):
+        return chosen
+    shown = [
+        p
+        for p, attacked, clean in zip(same, level, better, strict=True)
+        if attacked >= ALPHA and clean < ALPHA and _right(p) > _right(chosen)
+    ]
+    return max(shown, key=_right, default=chosen)
+
+
+def _right(rated: Rated) -> float:
+    clean = rated[0].clean
+    return (clean.clean_accuracy or 0.0) if clean is not None else 0.0
 
 
 def _as_cheap(

@@ -77,6 +77,7 @@ def html_text(view: View, *, paper: str = "") -> str:
         bars=panels.bars(view),
         gallery=gallery(view),
         baseline=view.baseline_label,
+        compressed="compressed " if view.baseline_name == "full" else "",
         reference=epsilon(view.reference_eps) if view.reference_eps is not None else "",
         gap=_gap_table(view),
         gap_text=_gap_text(view),

@@ -6,6 +6,7 @@ attacks and seeds; what is set aside is kept in `View.notes` so that the report 
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from harness.records import (
     Machine,
     ModelRecord,
     ResultRow,
+    UapRecord,
 )
 from harness.results import current_runs, result_rows
 from harness.seeds import SeedGroup, key_of, seed_groups
@@ -123,7 +125,11 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
         predicted=predicted,
         machines=tuple((*key, machine) for key, machine in sorted(machines.items(), key=_first)),
         seeds=seeds,
-        notes=_notes(deployed, on_set, [*kept, *free], seeds, here) + _outdated(by_device[chosen]),
+        notes=(
+            *_notes(deployed, on_set, [*kept, *free], seeds, here),
+            *_outdated(by_device[chosen]),
+            *_crafted_otherwise(by_device[chosen], uaps),
+        ),
     )
 
 
@@ -249,6 +255,30 @@ def _outdated(variants: tuple[VariantView, ...]) -> tuple[str, ...]:
         for d in DERIVED
         if None not in (made_from.get(d.name), made_from.get(d.parent))
         and made_from[d.name] != made_from[d.parent]
+    )
+
+
+def _crafted_otherwise(
+    variants: tuple[VariantView, ...], uaps: dict[str, UapRecord]
+) -> tuple[str, ...]:
+    """Where the models' own perturbations had not the same budget of gradients to be crafted with.
+
+    The authors' protocol crafts on some in train mode; that is no other budget.
+    """
+    groups: dict[str, list[str]] = {}
+    for variant in variants:
+        own = uaps.get((variant.white_box.uap_sha256 or "") if variant.white_box else "")
+        settings = own.meta.get("settings") if own is not None else None
+        if own is not None and isinstance(settings, dict):
+            kept = {k: v for k, v in settings.items() if k != "batch_statistics"}
+            budget = json.dumps([kept, own.meta.get("images")], sort_keys=True, default=str)
+            groups.setdefault(budget, []).append(variant.label)
+    if len(groups) < 2:
+        return ()
+    named = "; ".join(listed(labels) for labels in groups.values())
+    return (
+        f"Not crafted with the same settings ({named}): their white-box numbers do not compare"
+        " until all are crafted anew.",
     )
 
 

@@ -84,7 +84,10 @@ def escape_markdown(text: str) -> str:
 
 def markdown_text(view: View) -> str:
     """The page's words and tables, without its pictures."""
-    parts = ["# Robustness of compressed models on the device", escape_markdown(headline(view))]
+    parts = [
+        f"# Robustness of {'compressed ' * (view.baseline_name == 'full')}models on the device",
+        escape_markdown(headline(view)),
+    ]
     parts.append(escape_markdown(where_measured(view)))
     parts += ["## Trade-off", _markdown_table(tradeoff_table(view))]
     for group in conclusions(view):

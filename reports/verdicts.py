@@ -145,7 +145,7 @@ def _reach(view: View) -> list[str]:
             "Each perturbation comes from one crafting seed, and all images share it: the"
             " intervals cover the choice of images, not the luck of the optimiser."
         )
-    if any(v.method == "pp" for v in view.variants) and view.baseline is not None:
+    if {"pp", "full"} <= {v.method for v in view.variants}:
         said.append(
             "The PP and Q variants start from Full\u2019s weights while SFP is trained on its own:"
             " a perturbation that does not carry over between SFP and Full may show a different"

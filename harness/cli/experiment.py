@@ -134,7 +134,8 @@ def run(
     )
     model = brought.load(context) if brought else None
     if model is not None:
-        tasks, victims, paths = brought_experiment(model, device)
+        tasks, victims, names = brought_experiment(model, device)
+        paths = [workspace.uap(name) for name in names]
     else:
         variants = _variants(models, all_models)
         tasks = experiment_tasks(context, variants, device)

@@ -171,7 +171,7 @@ def _export_brought(
 ) -> None:
     """Export a model of the user's own; say what a linter finds in the file."""
     from export.lint import lint_file
-    from harness.pipeline.brought_run import brought_export_task
+    from harness.pipeline.brought_export import brought_export_task
 
     workspace = agreed_workspace(root, None, dataset, None)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir)

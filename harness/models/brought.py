@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from harness.records import CONTROLS, DEPLOYABLE, HarnessError, UsageError
 from harness.sources import FLEET
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+RESERVED, RESERVED_ENDINGS = ("tuning",), ("_compat",)
+"""Of other files in `cache/`, as `harness.workspace` names them."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,11 @@ def check_name(name: str, *, given: bool) -> None:
             f"--name {name}: a name has letters, digits, - and _, starts with a letter, and does "
             f"not hold _eps{hint}"
         )
-    if name in (*DEPLOYABLE, *CONTROLS) or name.startswith(FLEET):
+    same = name.lower()  # as file systems have it that know no capitals
+    if same in (*DEPLOYABLE, *CONTROLS) or same.startswith(FLEET):
         raise UsageError(f"--name {name} is what a variant, a control or a fleet is called{hint}")
+    if same in RESERVED or same.endswith(RESERVED_ENDINGS):
+        raise UsageError(f"--name {name} is what another file of the workspace is called{hint}")
 
 
 def load_brought(recipe: Recipe) -> BroughtModel:
@@ -178,7 +183,7 @@ def make_network(factory: str) -> nn.Module:
             f"--factory {factory} is a {type(make).__name__}, not a function that returns a model"
         )
     with theirs(f"--factory {factory}: calling it without arguments"):
-        network = make()
+        network = _with_torchvision(make)
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"--factory {factory} returned a {type(network).__name__}, not a torch.nn.Module"
@@ -192,7 +197,7 @@ def _import(name: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         with theirs(f"--factory: importing {name}", keep=ModuleNotFoundError):
-            return _imported(name)
+            return _with_torchvision(lambda: importlib.import_module(name))
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):
@@ -205,14 +210,15 @@ def _import(name: str) -> Any:
         ) from None
 
 
-def _imported(name: str) -> Any:
+def _with_torchvision(call: Callable[[], Any]) -> Any:
+    """What the call returns; once more where it met a torchvision that cannot be imported."""
     try:
-        return importlib.import_module(name)
+        return call()
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
-        import_torchvision()  # their torchvision lacks what ours does
-        return importlib.import_module(name)
+        import_torchvision()  # declares the operators that the CPU build lacks
+        return call()
 
 
 @contextmanager
@@ -237,13 +243,34 @@ def theirs(doing: str, *, keep: type[Exception] | None = None) -> Iterator[None]
     except (Exception, SystemExit) as error:
         if keep is not None and isinstance(error, keep):
             raise
-        if is_out_of_memory(error):
-            raise HarnessError(f"{doing} ran out of memory: {MEMORY_HINT}") from None
-        if os.environ.get("HARNESS_DEBUG"):
-            raise
-        raise UsageError(
-            f"{doing} raised {one_line(error)} (HARNESS_DEBUG=1 shows where)"
-        ) from None
+        raise _blamed(doing, error) from None
+
+
+def _blamed(doing: str, error: BaseException) -> BaseException:
+    """What the user is told of an error of their code; the error itself while they debug."""
+    if is_out_of_memory(error):
+        return HarnessError(f"{doing} ran out of memory: {MEMORY_HINT}")
+    if os.environ.get("HARNESS_DEBUG"):
+        return error
+    return UsageError(f"{doing} raised {one_line(error)} (HARNESS_DEBUG=1 shows where)")
+
+
+class Blamed(nn.Module):
+    """The model, whose errors are said to be its own; for use beside other work.
+
+    `theirs` is not: it changes what the whole process prints and warns of.
+    """
+
+    def __init__(self, model: nn.Module, doing: str) -> None:
+        super().__init__()
+        self.model, self.doing = model, doing
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self.model(pixels)
+        except Exception as error:
+            raise _blamed(self.doing, error) from None
+        return logits
 
 
 MEMORY_HINT = (

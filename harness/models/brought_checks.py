@@ -7,11 +7,12 @@ digest of what the model is, warnings.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.data.splits import Split
 from harness.inference import predict
@@ -42,7 +43,8 @@ def check_attackable(model: BroughtModel, images: np.ndarray, *, classes: int, w
         what: how the model is called in errors.
 
     Returns:
-        Digest of what the model computes: its weights, and its logits on those images.
+        Digest of what the model computes: its weights, its classes, its logits on those images, as
+        they are and disturbed.
 
     Raises:
         UsageError: it does not take these images, returns no logits [N, classes] of floats, is
@@ -87,7 +89,17 @@ def check_attackable(model: BroughtModel, images: np.ndarray, *, classes: int, w
             "(batch norm without running statistics?): no perturbation can be universal to it"
         )
     _check_gradient(model, pixels, what=what, doing=doing)
-    return _digest(model, logits)
+    with theirs(doing), torch.no_grad():
+        probed = model(_probes(pixels))
+    return _digest(model, probed)
+
+
+def _probes(pixels: Tensor) -> Tensor:
+    """The images, the same as an attack would leave them, and what no image is."""
+    signs = torch.randint(0, 2, pixels.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    disturbed = [(pixels + eps * signs).clamp(0, 255) for eps in (4, 16)]
+    extremes = [torch.full_like(pixels[:1], value) for value in (0.0, 255.0)]
+    return torch.cat([pixels, *disturbed, *extremes])
 
 
 def _check_gradient(model: BroughtModel, pixels: Tensor, *, what: str, doing: str) -> None:
@@ -116,11 +128,25 @@ def _digest(model: BroughtModel, logits: Tensor) -> str:
             digest.update(
                 value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
             )
-    # And the code, by what it computes: two digits of the logits. An edit that moves them by less
-    # goes unnoticed; rounding that moves one across a half costs crafting once more.
-    scaled = (logits / (logits.abs().max() + 1e-12) * 100).round().to(torch.int16)
+    # And the code: the text of its classes, and what it computes, three digits of the logits. What
+    # an edit elsewhere moves by less goes unnoticed; an edit that changes nothing costs once more.
+    for text in sorted({_source(type(module)) for module in model.network.modules()}):
+        digest.update(text.encode())
+    logits = logits.nan_to_num()
+    scaled = (logits / (logits.abs().max() + 1e-12) * 1000).round().to(torch.int16)
     digest.update(scaled.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _source(kind: type[nn.Module]) -> str:
+    """The text of a class; of a library's, and where there is none, its name."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name.startswith(("torch.", "torchvision.")):
+        return name
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return name
 
 
 @dataclass(frozen=True)

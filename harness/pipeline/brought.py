@@ -87,6 +87,8 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
     Raises:
         UsageError: the model, a budget, a target or the protocol is not what can be attacked.
     """
+    if not names:
+        return []
     context = brought.context
     if context.config.protocol == "paper":
         raise UsageError(
@@ -95,12 +97,10 @@ def brought_tasks(brought: Brought, names: list[UapName]) -> list[Task]:
         )
     for name in names:
         check_request(context, name)
-    if not names:
-        return []
     _ = brought.identity  # what cannot be attacked is refused before anything is built
     groups: dict[tuple[str, Settings], list[UapName]] = {}
     for name in dict.fromkeys(names):
-        group = (attack_of(context, name), _settings(brought, name))
+        group = (attack_of(context, name), _settings(context, name))
         groups.setdefault(group, []).append(name)
     return [_pass(brought, names, settings) for (_, settings), names in groups.items()]
 
@@ -120,12 +120,12 @@ def _pass(brought: Brought, names: list[UapName], settings: Settings) -> Task:
                 [brought.model],
                 lacking,
                 members=[(0,)] * len(lacking),
-                keys=[_key(brought, name) for name in lacking],
+                keys=[_key(context, name, brought.identity) for name in lacking],
                 identities=[brought.identity] * len(lacking),
                 settings=settings,
                 split=context.data.attack,
                 probe=[probed(context, name) for name in lacking],
-                partial=context.workspace.partial(f"craft_{lacking[0].stem}"),
+                partial=context.workspace.partial(f"craft_{names[0].stem}"),
                 progress=progress,
                 meta={
                     "factory": recipe.factory,
@@ -148,12 +148,24 @@ def _is_valid(brought: Brought, name: UapName) -> bool:
     path = brought.context.workspace.uap(name)
     if not path.exists():
         return False
-    return load_perturbation(path, own=True).meta.get("key") == _key(brought, name)
+    key = _key(brought.context, name, brought.identity)
+    return load_perturbation(path, own=True).meta.get("key") == key
 
 
-def _key(brought: Brought, name: UapName) -> str:
+def crafted_on(context: Context, name: UapName) -> str | None:
+    """The identity of the model that a perturbation was crafted on, by this configuration.
+
+    None where there is no such file, or it was crafted otherwise.
+    """
+    path = context.workspace.uap(name)
+    meta = load_perturbation(path, own=True).meta if path.exists() else {}
+    identity = meta.get("checkpoint_sha256")
+    valid = isinstance(identity, str) and meta.get("key") == _key(context, name, identity)
+    return identity if valid else None
+
+
+def _key(context: Context, name: UapName, identity: str) -> str:
     """Digest of everything the perturbation depends on."""
-    context = brought.context
     return cache_key(
         "craft_brought",
         VERSION,
@@ -161,17 +173,16 @@ def _key(brought: Brought, name: UapName) -> str:
         eps=name.eps,
         target=name.target,
         seed=name.seed,
-        settings=settings_key(_settings(brought, name)),
+        settings=settings_key(_settings(context, name)),
         labels=[context.data.name, context.config.protocol],
-        source=[name.source, brought.identity],
+        source=[name.source, identity],
         images=context.data.digests["attack"],
         # Written only where there is one: other perturbations stay valid.
         **({"probe": PROBE_VERSION} if probed(context, name) else {}),
     )
 
 
-def _settings(brought: Brought, name: UapName) -> Settings:
-    context = brought.context
+def _settings(context: Context, name: UapName) -> Settings:
     make = MAKERS[attack_of(context, name)]
     settings = make(context.config.craft, len(context.data.attack), False, False)
     return for_target(settings, name.target)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +101,8 @@ class Context:
     def build(self, tasks: Sequence[Task]) -> int:
         """Run what is not done yet, side by side where that pays. Returns how many were run."""
         assert not self.planning  # its images may be zeros
-        return run_tasks(tasks, self.reporter, jobs=self.jobs, deadline=self.deadline)
+        with redirect_stdout(sys.stderr):  # what a user's model prints is no data of ours
+            return run_tasks(tasks, self.reporter, jobs=self.jobs, deadline=self.deadline)
 
     @property
     def jobs(self) -> dict[Shared, int]:

@@ -44,7 +44,9 @@ class Victim:
     onnx: Path
     reference: Callable[[], nn.Module] | None
     """Makes the PyTorch model that the file is of, on the CPU: pixels float [N, C, H, W] in
-    [0, 255] -> logits. None: there is none, the user brought a file alone."""
+    [0, 255] -> logits. None: there is none at hand."""
+    of_code: bool = False
+    """Exported here from a user's own code; its manifest says so."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def register(
     """
     store.add_evaluation_set(context.evaluation_set())
     for victim in victims:
-        store.add_model(model_record(context, victim.name, victim.onnx))
+        store.add_model(model_record(context, victim.name, victim.onnx, of_code=victim.of_code))
     for attack in attacks:
         store.add_uap(attack.record)
 
@@ -122,7 +124,7 @@ def evaluate_task(
     the cores: small models are faster so, and where PyTorch has a GPU the cores have nothing else
     to do. A board has one runner, and a time budget is of a machine that does nothing else.
     """
-    if victim.reference is None:
+    if victim.reference is None and not victim.of_code:
         # PyTorch has no say about a file that a user brought: nothing would correct a sample.
         budget = replace(budget, images=None)
     in_crew = device.name == "local" and not budget.limited
@@ -193,7 +195,7 @@ def evaluate(
     """
     use_cpu_threads(threads or CPU_THREADS)
     with context.open_store() as store:
-        model = model_record(context, victim.name, victim.onnx)
+        model = model_record(context, victim.name, victim.onnx, of_code=victim.of_code)
         attacks = [load_attack(context, path) for path in uap_paths]
         register(context, store, [victim], attacks)
         by_sha256 = {attack.record.sha256: attack for attack in attacks}

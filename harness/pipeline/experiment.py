@@ -14,12 +14,8 @@ from devices.session import Device
 from harness.crafting.perturbation import load_perturbation
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.brought import Brought, brought_tasks
-from harness.pipeline.brought_run import (
-    brought_evaluation,
-    brought_export_task,
-    brought_uap_names,
-    brought_victim,
-)
+from harness.pipeline.brought_export import brought_export_task
+from harness.pipeline.brought_run import brought_uap_names, brought_victim
 from harness.pipeline.checkpoints import reference_form, train_tasks
 from harness.pipeline.context import Context
 from harness.pipeline.evaluation import (
@@ -210,16 +206,16 @@ def attack_tasks(
     victims += [Victim(path.stem, path, None) for path in onnx_files]
     paths = [path for _, path in located]
     images = context.config.eval.device_images if device_images is None else device_images
-    count = len(victims) + (brought is not None)
-    budget = budget_for(device, count, images=images or None, seconds=budget_s, until_ci=until_ci)
+    if brought is not None:
+        tasks += [brought_export_task(brought), *brought_tasks(brought, on_own)]
+        victims.append(brought_victim(brought))
+    budget = budget_for(
+        device, len(victims), images=images or None, seconds=budget_s, until_ci=until_ci
+    )
     tasks += [
         evaluate_task(context, victim, paths, device, budget, beside=len(victims))
         for victim in victims
     ]
-    if brought is not None:
-        tasks += [brought_export_task(brought), *brought_tasks(brought, on_own)]
-        tasks.append(brought_evaluation(brought, paths, device, budget))
-        victims.append(brought_victim(brought))
     if latency != "none":
         tasks.append(latency_task(context, victims, device, uap=paths[0], mode=latency))
     if instructions:

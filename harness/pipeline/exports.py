@@ -211,13 +211,14 @@ def measure_memory(context: Context, path: Path) -> None:
         )
 
 
-def model_record(context: Context, name: str, path: Path) -> ModelRecord:
+def model_record(context: Context, name: str, path: Path, *, of_code: bool = False) -> ModelRecord:
     """The store's record of an ONNX file: a variant with its manifest, or one a user brought.
 
-    A manifest beside a user's file is not read: it could claim any cost.
+    `of_code`: it was exported here from a user's own code. The manifest beside any other file of
+    theirs is not read: it could claim any cost.
     """
     if name not in DEPLOYABLE:
-        return _foreign_record(context, name, path)
+        return _foreign_record(context, name, path, brought_manifest(path) if of_code else None)
     manifest, train = load_manifest(path), context.config.train
     metadata = manifest["metadata"]
     epochs = planned_epochs(trained_for(name), train)
@@ -235,30 +236,37 @@ def model_record(context: Context, name: str, path: Path) -> ModelRecord:
     )
 
 
-def exported_here(context: Context, name: str, path: Path) -> dict[str, Any] | None:
-    """The manifest of a model of the user's own code that was exported here; None for a file."""
-    if path.resolve() != context.workspace.onnx(name).resolve():
-        return None
+def brought_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a file exported from a user's own code; None where it is none."""
     try:
         manifest = load_manifest(path)
-    except HarnessError:  # a file that the user put there
+    except HarnessError:
         return None
-    return manifest if "factory" in manifest["metadata"] else None
+    metadata, agreement = manifest["metadata"], manifest.get("agreement")
+    texts = isinstance(metadata, dict) and all(
+        isinstance(metadata.get(key), str) for key in ("factory", "key", "identity")
+    )
+    compared = isinstance(agreement, dict) and isinstance(agreement.get("images"), int)
+    return manifest if texts and compared and "batch" in manifest else None
 
 
-def _foreign_record(context: Context, name: str, path: Path) -> ModelRecord:
-    own = exported_here(context, name, path)
-    if own is not None:
-        cost, factory = manifest_cost(own), own["metadata"]["factory"]
-        compared = f"compared with PyTorch on {own['agreement']['images']:,} images"
-        notes = [f"exported from {factory}, {compared}"]
-        if own["batch"] == 1:
+def _foreign_record(
+    context: Context, name: str, path: Path, manifest: dict[str, Any] | None
+) -> ModelRecord:
+    cost = cost_card(path.read_bytes(), image_shape=context.image_shape)
+    notes = ["brought by the user; no PyTorch model to compare with"]
+    if manifest is not None:
+        images = manifest["agreement"]["images"]
+        notes = [
+            f"exported from {manifest['metadata']['factory']}, compared with PyTorch on"
+            f" {images:,} images"
+        ]
+        if manifest["batch"] == 1:
             notes.append("takes one image at a time: its code makes a constant of the batch's size")
-    else:
-        cost = cost_card(path.read_bytes(), image_shape=context.image_shape)
-        notes = ["brought by the user; no PyTorch model to compare with"]
+        if uncounted_operators(cost):  # of a file that leaves shapes open the exporter knew more
+            cost = manifest_cost(manifest)
     if uncounted := uncounted_operators(cost):
-        notes.append(f"MACs and BOPs leave out what cannot be counted: {', '.join(uncounted)}")
+        notes.append(f"no MACs and BOPs: these operators cannot be counted: {', '.join(uncounted)}")
     return ModelRecord(
         sha256=context.sha256(path),
         variant=name,

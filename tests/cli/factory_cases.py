@@ -55,8 +55,24 @@ class Attention(nn.Module):
         t = t + self.attention(q, q, q, need_weights=False)[0]
         return self.head((t + self.mlp(self.norm2(t))).flatten(1))
 
+class Clamped(Gray):
+    def forward(self, x):
+        return super().forward(x.clamp(-9, 5.99))
+
+class Talking(Gray):
+    def forward(self, x):
+        if not x.requires_grad:
+            print("forward of a user who prints")
+        return super().forward(x)
+
 def gray():
     return Gray()
+
+def clamped():
+    return Clamped()
+
+def talking():
+    return Talking()
 
 def attention():
     return Attention()

@@ -13,8 +13,14 @@ import pytest
 import torch
 from cli_cases import Outcome, error_line, succeeded
 from factory_cases import GRAY, Lab
+from torch import nn
 
+from harness import unfinished
 from harness.crafting.perturbation import load_perturbation
+from harness.models.brought import Blamed
+from harness.pipeline import craft_pass
+from harness.records import UsageError
+from harness.store import open_store
 
 Run = Callable[..., Outcome]
 IMAGES = 200
@@ -110,15 +116,15 @@ def test_what_is_stored_is_what_their_file_predicts(run: Run, lab: Lab, root: Pa
         )
     )
     rows = {row["uap_source"]: row for row in json.loads(done.out)}
-    data = np.load(lab.root / "gray.npz")
-    images = data["test_x"].transpose(0, 3, 1, 2).astype(np.int16)
+    with np.load(lab.root / "gray.npz") as data:
+        images, labels = data["test_x"].transpose(0, 3, 1, 2).astype(np.int16), data["test_y"]
     session = onnxruntime.InferenceSession((root / "cache" / "gray.onnx").read_bytes())
     delta = load_perturbation(root / uap).delta_255
 
     def wrong(x: np.ndarray) -> float:
         pixels = np.ascontiguousarray(x.clip(0, 255).astype(np.uint8))
         (logits,) = session.run(None, {"image": pixels})
-        return float(np.mean(logits.argmax(axis=1) != data["test_y"]))
+        return float(np.mean(logits.argmax(axis=1) != labels))
 
     assert rows["gray"]["uer"] == pytest.approx(wrong(images + delta))
     assert rows[None]["clean_accuracy"] == pytest.approx(1 - wrong(images))
@@ -207,7 +213,8 @@ def test_options_that_make_no_sense_are_one_line(
     data = () if "--check" in options else ("--dataset", "gray.npz")
     outcome = run(name, *options, *data, "--workspace", root, cwd=lab.root)
     assert outcome.code == 2, outcome.err
-    assert said in error_line(outcome)
+    *_, last = outcome.err.splitlines()  # after what their module prints
+    assert said in last
     assert not root.exists()
 
 
@@ -227,3 +234,163 @@ def test_latency_of_their_model_is_measured(run: Run, lab: Lab, root: Path) -> N
     rows = [row for row in of_results(run, root) if row["runtime"] == "onnxruntime"]
     assert {row["latency_mode"] for row in rows} == {"quick"}
     assert all(row["latency_p50_ms"] > 0 for row in rows)
+
+
+def test_any_name_that_is_allowed_is_found_again(run: Run, lab: Lab, root: Path) -> None:
+    """Capitals and dashes too: a class is often the factory."""
+    for name in ("Gray", "my-net", "a_b"):
+        options = own(lab.root / "gray.pt", name)
+        done = succeeded(
+            run("attack-device", *options, "--json", "--workspace", root, cwd=lab.root)
+        )
+        sources = {row["uap_source"] for row in json.loads(done.out)}
+        assert sources == {name, "random", "chessboard", None}
+
+
+@pytest.mark.parametrize("name", ["tuning", "q4_compat", "Full", "INT8", "Chessboard"])
+def test_a_name_of_another_file_is_refused(run: Run, lab: Lab, root: Path, name: str) -> None:
+    outcome = run("export", *own(lab.root / "gray.pt", name), "--workspace", root, cwd=lab.root)
+    assert outcome.code == 2
+    assert f"--name {name} is what" in error_line(outcome)
+
+
+def test_a_model_crafted_on_otherwise_is_left_out_and_said_to_be(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    succeeded(run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root))
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("epochs = 3", "epochs = 2"))
+    done = succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
+    assert "whole was not crafted on with the present harness.toml" in done.err
+    assert "harness run --factory user_nets:gray --name whole" in done.err
+    pairs = {(row["variant"], row["uap_source"]) for row in of_results(run, root)}
+    assert not pairs & {("whole", "half"), ("half", "whole")}
+    page = " ".join((root / "report" / "index.html").read_text().split())
+    assert "Not crafted with the same settings (whole; half)" in page
+    # Crafted on anew, it takes part.
+    again = run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root)
+    assert "was not crafted on" not in succeeded(again).err
+    pairs = {(row["variant"], row["uap_source"]) for row in of_results(run, root)}
+    assert pairs >= {("whole", "half"), ("half", "whole")}
+    assert "Not crafted with the same" not in (root / "report" / "index.html").read_text()
+
+
+def test_a_file_put_in_the_place_of_another_is_left_out(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    """Or perturbations of one model would stand for another."""
+    for checkpoint, name in ((lab.root / "gray.pt", "whole"), (pruned, "half")):
+        succeeded(run("run", *own(checkpoint, name), "--workspace", root, cwd=lab.root))
+    cache = root / "cache"
+    for end in (".onnx", ".json"):
+        (cache / f"half{end}").write_bytes((cache / f"whole{end}").read_bytes())
+    done = succeeded(
+        run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root)
+    )
+    assert "half was not crafted on" in done.err
+
+
+def test_an_edit_of_their_code_is_noticed(run: Run, lab: Lab, root: Path) -> None:
+    def exported(factory: str) -> bytes:
+        options = ("--factory", factory, "--checkpoint", "gray.pt", *GRAY[4:], "--name", "net")
+        succeeded(run("export", *options, "--workspace", root, cwd=lab.root))
+        return (root / "cache" / "net.onnx").read_bytes()
+
+    plain = exported("user_nets:gray")
+    assert exported("user_nets:clamped") != plain  # the same weights, nearly the same logits
+    assert exported("user_nets:gray") == plain
+
+
+def test_what_the_manifest_beside_a_foreign_file_claims_is_not_believed(
+    run: Run, lab: Lab, root: Path
+) -> None:
+    succeeded(run("export", *GRAY, "--workspace", root, cwd=lab.root))
+    cache = root / "cache"
+    manifest = json.loads((cache / "gray.json").read_text())
+    manifest["cost"]["macs"] = 1
+    (cache / "gray.json").write_text(json.dumps(manifest))
+    attack = ("attack-device", "--onnx", cache / "gray.onnx", "--uap", "cache/random_eps16.pt")
+    done = succeeded(run(*attack, "--json", "--workspace", root, cwd=lab.root))
+    counted = 14 * 10 * 16 * 25 + 7 * 5 * 32 * 16 * 9 + 32 * 7 * 5 * 10
+    assert {row["macs"] for row in json.loads(done.out)} == {counted}
+    for damage in ({"metadata": "text"}, {"agreement": []}, {"format": 99}):
+        (cache / "gray.json").write_text(json.dumps({**manifest, **damage}))
+        succeeded(run("export", *GRAY, "--workspace", root, cwd=lab.root))
+        assert json.loads((cache / "gray.json").read_text())["cost"]["macs"] == counted
+
+
+def test_all_that_were_brought_are_timed_together(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    text = (root / "harness.toml").read_text().replace('mode = "off"', 'mode = "quick"')
+    (root / "harness.toml").write_text(text)
+    succeeded(run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root))
+
+    def runs() -> dict[str, int]:
+        with open_store(root / "results.db") as store:
+            names = {sha256: model.variant for sha256, model in store.models().items()}
+            found = [names[stored.run.model_sha256] for stored in store.latencies()]
+        return {name: found.count(name) for name in set(found)}
+
+    before = runs()
+    succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
+    assert runs() == {"whole": 2 * before["whole"], "half": before["whole"]}
+
+
+def test_a_sample_is_a_sample_for_earlier_models_too(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("images = 0", "images = 0\ndevice_images = 50"))
+    for checkpoint, name in ((lab.root / "gray.pt", "whole"), (pruned, "half")):
+        succeeded(run("run", *own(checkpoint, name), "--workspace", root, cwd=lab.root))
+    rows = [row for row in of_results(run, root) if row["runtime"] == "onnxruntime"]
+    assert {(row["variant"], row["n"]) for row in rows} == {("whole", 50), ("half", 50)}
+
+
+def test_what_their_model_prints_is_no_data(run: Run, lab: Lab, root: Path) -> None:
+    options = ("--factory", "user_nets:talking", "--checkpoint", "gray.pt", *GRAY[4:])
+    done = succeeded(run("attack-device", *options, "--json", "--workspace", root, cwd=lab.root))
+    assert json.loads(done.out)
+    assert "forward of a user who prints" in done.err
+
+
+def test_an_error_while_it_is_evaluated_is_said_to_be_theirs() -> None:
+    class Late(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no\nmore")
+
+    with pytest.raises(UsageError, match="evaluating it raised ValueError: no more"):
+        Blamed(Late(), "evaluating it")(torch.zeros(1))
+
+
+def test_a_control_alone_is_attacked_with_under_the_authors_protocol(
+    run: Run, lab: Lab, root: Path
+) -> None:
+    config = root / "harness.toml"
+    config.write_text(f'protocol = "paper"\n{config.read_text()}')
+    attack = ("attack-device", *GRAY, "--uap", "cache/random_eps16.pt", "--json")
+    done = succeeded(run(*attack, "--workspace", root, cwd=lab.root))
+    assert {row["uap_source"] for row in json.loads(done.out)} == {"random", None}
+
+
+def test_a_search_that_was_killed_leaves_nothing_behind_when_it_is_made(
+    run: Run, lab: Lab, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = craft_pass.craft_fourier, []
+
+    def killed_in_the_second(*args: Any, **more: Any) -> Any:
+        calls.append(more["partial"])
+        if len(calls) == 2:
+            more["progress"] = lambda _passes: (_ for _ in ()).throw(KeyboardInterrupt)
+        return real(*args, **more)
+
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", -1.0)
+    monkeypatch.setattr(craft_pass, "craft_fourier", killed_in_the_second)
+    craft = ("craft", *GRAY, "--attack", "fourier", "--eps", "4", "--eps", "16")
+    assert run(*craft, "--workspace", root, cwd=lab.root).code == 130
+    made = {path.name for path in (root / "cache").glob("*.pt")}
+    assert made == {"gray_eps4_fourier.pt"}
+    succeeded(run(*craft, "--workspace", root, cwd=lab.root))
+    assert len(set(calls)) == 1  # the state of the one search is where the next looks for it
+    assert list((root / "cache" / ".partial").iterdir()) == []

@@ -176,7 +176,7 @@ def test_a_branch_that_one_example_takes_is_not_the_function(tmp_path):
 
 
 def wrong(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
-    """An exporter that is off by one class in a hundred images."""
+    """An exporter that is off by little: 0.01 on the first logit."""
 
     class Off(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -250,3 +250,49 @@ def test_the_exporters_leave_the_process_as_it_was(tmp_path, capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err == ""
+
+
+class Product(Plain):
+    """An operator whose products nobody counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.norm(self.conv(x / 255)).relu().view(x.shape[0], -1)
+        return torch.einsum("nc,kc->nk", flat, self.head.weight)
+
+
+def test_a_model_that_cannot_be_counted_is_exported_all_the_same(tmp_path):
+    exported = export(made(Product), tmp_path / "net.onnx")
+    assert uncounted_operators(exported.cost) == ("Einsum",)
+    x = images()[:5]
+    expected = made(Product)(torch.from_numpy(x).float()).numpy()
+    assert np.abs(answers(exported.path, x, at_once=5) - expected).max() < 1e-4
+    assert load_manifest(exported.path)["nominal_bits"]
+
+
+def test_what_a_model_is_called_changes_its_file_but_not_its_size(tmp_path):
+    short, long = (export(made(Plain), tmp_path / f"{name}.onnx") for name in ("n", "n" * 40))
+    assert short.sha256 != long.sha256  # a store tells files apart by this
+    assert short.cost.file_bytes == long.cost.file_bytes
+
+
+def test_descriptions_are_taken_out_of_branches_too():
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["z"], doc_string="/home/me")], "then", [], []
+    )
+    branch = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, doc_string="/home/me")
+    model = onnx.helper.make_model(onnx.helper.make_graph([branch], "g", [], []))
+    model.graph.node[0].metadata_props.add(key="stack", value="/home/me/net.py")
+    brought._strip(model)
+    assert b"/home/me" not in model.SerializeToString()
+    assert model.graph.node[0].attribute[0].g.node[0].op_type == "Identity"
+
+
+def test_logits_and_class_names_must_be_as_many(tmp_path):
+    with pytest.raises(ValueError, match="3 class names for a model of 4 classes"):
+        export_brought(
+            made(Plain),
+            out=tmp_path / "net.onnx",
+            calibration=images(),
+            classes=("a", "b", "c"),
+            metadata={},
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,42 @@ def test_of_equal_cost_and_no_difference_shown_the_more_accurate_is_advised(tmp_
         said = " ".join(by_constraint(view))
     assert "take zeta" in said
     assert "mid costs the same, with no difference shown" in said
+    assert "None that costs more was measured to err less" in said
+
+
+def cheapest_of(rows):
+    """The advice on size for models of (kB, UER, right on clean images) of 600 images."""
+    images = 600
+    with tempfile.TemporaryDirectory() as folder, open_store(Path(folder) / "r.db") as store:
+        evaluation = synthetic.evaluation_set(labels=tuple(i % 10 for i in range(images)))
+        store.add_evaluation_set(evaluation)
+        planter = synthetic.Planter(store, evaluation)
+        made = uap("anybody", 10.0)
+        store.add_uap(made)
+        for name, (size, uer, right) in rows.items():
+            record = synthetic.model("full", sha256=synthetic.sha("model", name), variant=name)
+            store.add_model(replace(record, cost=replace(record.cost, file_bytes=1000 * size)))
+            runs = [planter.run(name, None, planter.erring(1 - right / images, "clean"))]
+            runs.append(planter.run(name, made, planter.erring(uer, "attacked")))
+            store.add_prediction_runs(runs)
+        (said,) = [text for text in by_constraint(build_view(store)) if "file size" in text]
+    return said.replace("\u00a0", " ")
+
+
+def test_what_errs_less_for_more_is_named_beside_the_more_accurate_one():
+    said = cheapest_of({"a": (1, 0.80, 480), "b": (1, 0.80, 570), "c": (2, 0.70, 480)})
+    assert "take b" in said
+    assert "c for 2.00 kB lowers that to 70.0 %" in said
+
+
+def test_one_image_more_is_no_reason_to_take_the_more_fragile():
+    said = cheapest_of({"a": (1, 0.60, 500), "b": (1, 0.625, 501)})
+    assert "take a" in said
+
+
+def test_far_more_accurate_does_not_pay_for_five_points_under_attack():
+    said = cheapest_of({"a": (1, 0.60, 400), "b": (1, 0.66, 570)})
+    assert "take a" in said
 
 
 def test_the_legend_names_the_line_that_is_drawn(tmp_path):
