@@ -1,19 +1,12 @@
-"""The experiment as data: `harness.toml` -> a frozen `Config`, and the presets behind it.
+"""The experiment as data: the frozen `Config` that `harness.toml` holds.
 
-Enters: TOML text, or a preset's name. Leaves: `Config`, checked field by field before anything
-is built. Unknown keys and wrong types are errors that name the key.
+Enters: nothing. Leaves: the keys, their types, what each means, and the paper's values. Read and
+written by `harness.config_file`, checked by `harness.config_rules`; presets change the values.
 """
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-
-from harness.config_rules import check
-from harness.overlay import overlay
-from harness.records import UsageError
+from dataclasses import dataclass, field
 
 REFERENCE_EPS_255 = 10.0
 
@@ -191,140 +184,3 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
-
-
-def preset_named(name: str, *, dataset: str | None = None) -> Config:
-    """The defaults of a preset, for a data set where they differ by it.
-
-    Raises:
-        UsageError: no such preset.
-    """
-    try:
-        make = PRESETS[name]
-    except KeyError:
-        known = ", ".join(PRESETS)
-        raise UsageError(f"unknown preset {name!r}: choose from {known}") from None
-    return make(dataset)
-
-
-def _quickstart(dataset: str | None) -> Config:
-    return Config(
-        dataset=dataset or "digits",
-        width=8,
-        preset="quickstart",
-        attack="momentum",
-        train=TrainConfig(
-            # Fewer epochs or a lower rate leave SFP with mixup unsettled on some seeds (ADR 0004).
-            epochs=11,
-            batch_size=64,
-            lr=0.2,
-            schedule="one_cycle",
-            decay_epochs=(),
-            crop_padding=2,
-            bn_eps=0.1,
-            # At width 8, 10 % of a stage-1 layer would be no filter at all.
-            sfp_keep=0.7,
-            pp_epochs=1,
-            apot_epochs=2,
-        ),
-        craft=CraftConfig(
-            attack_images=256, epochs=3, batch_size=64, inner_batch=8, fleet_epochs=6
-        ),
-        export=ExportConfig(align=1),
-        eval=EvalConfig(images=600),
-        latency=LatencyConfig(mode="quick"),
-    )
-
-
-def _paper(dataset: str | None) -> Config:
-    train = TrainConfig()
-    if dataset == "svhn":
-        train = replace(train, epochs=20, decay_epochs=(10, 15), pp_epochs=5, apot_epochs=20)
-    return Config(dataset=dataset or "cifar10", preset="paper", train=train)
-
-
-def _reduced(dataset: str | None) -> Config:
-    quick = _quickstart(dataset or "cifar10")
-    return replace(
-        quick,
-        preset="reduced",
-        attack="sgd",  # the paper's, whose numbers stand beside it
-        train=replace(quick.train, epochs=10, batch_size=128, crop_padding=4),
-        # Batches of 50 make the paper's 200 steps in a fiftieth of its images.
-        craft=CraftConfig(
-            attack_images=2_000, epochs=5, batch_size=50, inner_batch=8, fleet_epochs=10
-        ),
-        eval=EvalConfig(),
-    )
-
-
-def _paper_fast(dataset: str | None) -> Config:
-    paper = _paper(dataset)
-    train = replace(
-        paper.train,
-        # With 30 Full ended at 93.5 % of the paper's 94.0 (published); an epoch is a second or two.
-        epochs=40,
-        batch_size=512,
-        lr=0.4,
-        weight_decay=5e-4,
-        schedule="one_cycle",
-        decay_epochs=(),
-        nesterov=True,
-        precision="bf16",
-        pp_epochs=3,
-        apot_epochs=8,
-    )
-    craft = replace(paper.craft, attack_images=10_000, batch_size=250, epochs=5, fleet_epochs=10)
-    return replace(
-        paper,
-        preset="paper-fast",
-        train=train,
-        craft=craft,
-        # All images on every exported model would take the processor longer than all the rest.
-        eval=EvalConfig(device_images=500),
-        latency=LatencyConfig(mode="quick"),
-    )
-
-
-PRESETS = {
-    "quickstart": _quickstart,
-    "reduced": _reduced,
-    "paper-fast": _paper_fast,
-    "paper": _paper,
-}
-
-
-# --- reading -----------------------------------------------------------------------------------
-
-
-def load_config(path: Path) -> Config:
-    """Read and check a `harness.toml`; keys it leaves out come from its preset.
-
-    Raises:
-        UsageError: unreadable, malformed, an unknown key, a wrong type or an impossible value.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text: write it anew with `harness init`") from None
-    except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
-    return config_from_dict(values, where=path.name)
-
-
-def config_from_dict(values: dict[str, Any], *, where: str = "harness.toml") -> Config:
-    """Overlay `values` on their preset's defaults and check the result."""
-    preset, dataset = values.get("preset", "quickstart"), values.get("dataset")
-    if not isinstance(preset, str):
-        raise UsageError(f"{where}: preset must be text, got {preset!r}")
-    if dataset is not None and not isinstance(dataset, str):
-        raise UsageError(f"{where}: dataset must be text, got {dataset!r}")
-    base = preset_named(preset, dataset=dataset)
-    if values.get("protocol") == "paper":
-        base = replace(base, attack="sgd")  # the authors' protocol is of the authors' attack
-    config = overlay(base, values, where=where, prefix="")
-    assert isinstance(config, Config)
-    check(config, where)
-    return config

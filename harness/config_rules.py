@@ -5,12 +5,8 @@ Enters: a `Config` as it was read. Leaves: nothing, or one error that names the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from harness.config import Config
 from harness.records import BLOCKS_PER_STAGE, UsageError
-
-if TYPE_CHECKING:
-    from harness.config import Config
 
 ATTACKS = ("momentum", "sgd", "fourier")
 """`momentum`: the strongest here (ADR 7); `sgd`: the paper's; `fourier`: no gradients (ADR 10)."""

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.artefacts import write_atomic
-from harness.config import Config, load_config
-from harness.config_toml import to_toml
+from harness.config import Config
+from harness.config_file import load_config, to_toml
 from harness.records import CONTROLS, HarnessError, UsageError
 
 CONFIG_NAME = "harness.toml"

@@ -11,8 +11,8 @@ import tomllib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.config import Config, config_from_dict
-from harness.config_toml import to_toml
+from harness.config import Config
+from harness.config_file import config_from_dict, to_toml
 
 BASE = "base"
 """The audited workspace itself."""

@@ -210,7 +210,7 @@ def _configuration(root: Path, preset: str | None, dataset: str | None, seed: in
     """
     from dataclasses import replace
 
-    from harness.config import preset_named
+    from harness.presets import preset_named
 
     if dataset is not None and (dataset.endswith(".npz") or "/" in dataset):
         path, folder = Path(dataset).absolute(), root.absolute()

@@ -141,7 +141,7 @@ def existing_or_new_workspace(root: Path) -> Workspace:
 
     A new one is not on disk before `working_in`: a request that fails leaves nothing behind.
     """
-    from harness.config import preset_named
+    from harness.presets import preset_named
     from harness.workspace import CONFIG_NAME, Workspace, open_workspace
 
     if (root / CONFIG_NAME).exists():

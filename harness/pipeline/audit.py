@@ -21,7 +21,7 @@ from harness.audit.arms import ARMS, BASE, arm_named, config_of, in_seed
 from harness.audit.contrasts import Meeting, Question
 from harness.audit.questions import QUESTIONS, SEEDS
 from harness.config import Config
-from harness.config_toml import to_toml
+from harness.config_file import to_toml
 from harness.data.dataset import Dataset
 from harness.pipeline.checkpoints import (
     checkpoint_key,

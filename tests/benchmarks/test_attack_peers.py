@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from harness.config import Config, preset_named
+from harness.config import Config
 from harness.crafting.perturbation import to_levels
 from harness.crafting.together import Job, Request, craft_together
 from harness.crafting.waves import FourierSettings, craft_fourier
@@ -46,6 +46,7 @@ from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, ResNet, build_model
 from harness.pipeline.attack_settings import MAKERS, for_target
+from harness.presets import preset_named
 from harness.workspace import open_workspace
 
 CPU = torch.device("cpu")

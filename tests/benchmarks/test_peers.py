@@ -45,7 +45,6 @@ from export.static_int8 import quantise
 from export.tuning import TIMED_RUNS, fastest, tune
 from export.verify import verify_integer
 from harness.compression.sfp import zero_weakest_filters
-from harness.config import preset_named
 from harness.models.apot import MIN_ALPHA, ApotConv2d
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import FoldedBlock, FoldedResNet, fold, make_conv
@@ -56,6 +55,7 @@ from harness.pipeline.checkpoints import train_tasks
 from harness.pipeline.context import Context
 from harness.pipeline.experiment import attack_tasks, register_current
 from harness.pipeline.uap_names import transfer_name
+from harness.presets import preset_named
 from harness.results import result_rows
 from harness.workspace import CONFIG_NAME, Workspace, create_workspace, open_workspace
 

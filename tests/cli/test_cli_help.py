@@ -324,7 +324,8 @@ def test_what_commands_print_is_what_they_made(run: Run, workspace: Path) -> Non
 
 
 def test_init_writes_a_configuration_that_reads_back(run: Run, tmp_path: Path) -> None:
-    from harness.config import load_config, preset_named
+    from harness.config_file import load_config
+    from harness.presets import preset_named
 
     outcome = succeeded(
         run("init", "--preset", "paper", "--dataset", "svhn", "--workspace", "new", cwd=tmp_path)

@@ -9,7 +9,8 @@ import pytest
 from harness.audit.arms import ARMS, BASE, Arm, arm_named, config_of, in_seed
 from harness.audit.contrasts import Contrast, Question
 from harness.audit.questions import QUESTIONS, SEEDS
-from harness.config import Config, preset_named
+from harness.config import Config
+from harness.presets import preset_named
 from harness.records import BLOCKS_PER_STAGE, CONTROLS, variant_named
 
 PRESETS = ("quickstart", "reduced", "paper-fast", "paper")

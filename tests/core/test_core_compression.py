@@ -30,9 +30,10 @@ from harness.compression.variants import (
     relevant_config,
     variant_seed,
 )
-from harness.config import Config, TrainConfig, preset_named
+from harness.config import Config, TrainConfig
 from harness.data.dataset import Dataset
 from harness.models.resnet import ResNet, build_model
+from harness.presets import preset_named
 from harness.records import VARIANTS, Method, UsageError, variant_named
 from harness.training.loop import Recipe, train
 

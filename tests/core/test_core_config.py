@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.config import PRESETS, Config, config_from_dict, load_config, preset_named
-from harness.config_toml import to_toml
+from harness.config import Config
+from harness.config_file import config_from_dict, load_config, to_toml
+from harness.presets import PRESETS, preset_named
 from harness.records import UsageError
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config import Config, config_from_dict, preset_named
+from harness.config import Config
+from harness.config_file import config_from_dict
 from harness.pipeline.attack_settings import settings_of
 from harness.pipeline.checkpoints import valid_checkpoint
 from harness.pipeline.context import Context
@@ -16,6 +17,7 @@ from harness.pipeline.experiment import locate_uap
 from harness.pipeline.uap_files import uap_key, valid_uap
 from harness.pipeline.uap_names import attack_of, control_names, targeted_names, white_box_names
 from harness.pipeline.uaps import craft_tasks
+from harness.presets import preset_named
 from harness.records import UsageError, variant_named
 from harness.workspace import UapName, Workspace
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from core_cases import split, trained
 
-from harness.config import preset_named
 from harness.crafting.perturbation import load_perturbation
 from harness.crafting.waves import FourierSettings
 from harness.models.folded import fold
@@ -19,6 +18,7 @@ from harness.pipeline import craft_pass as craft_pass_module
 from harness.pipeline.context import Context
 from harness.pipeline.craft_pass import craft_pass
 from harness.pipeline.experiment import experiment_tasks
+from harness.presets import preset_named
 from harness.records import PAPER_ORDER, UsageError
 from harness.workspace import UapName, Workspace
 

@@ -14,7 +14,8 @@ from core_cases import CPU, IMAGE_SHAPE, split, trained
 from torch import Tensor, nn
 
 from harness import unfinished
-from harness.config import Config, config_from_dict, preset_named
+from harness.config import Config
+from harness.config_file import config_from_dict
 from harness.crafting import together
 from harness.crafting.momentum import MomentumSettings
 from harness.crafting.perturbation import chessboard, random_sign, to_levels
@@ -29,6 +30,7 @@ from harness.pipeline.context import Context
 from harness.pipeline.experiment import all_uap_names, victim_uap_names
 from harness.pipeline.uap_files import uap_key
 from harness.pipeline.uaps import craft_tasks
+from harness.presets import preset_named
 from harness.records import CONTROLS, PAPER_ORDER, UsageError
 from harness.sources import FLEET, is_source, leave_one_out, left_out, members, source_label
 from harness.workspace import UapName, Workspace, parse_uap_name

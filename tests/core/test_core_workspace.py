@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.config import preset_named
+from harness.presets import preset_named
 from harness.records import CONTROLS, PAPER_ORDER, HarnessError, UsageError
 from harness.workspace import (
     DEFAULT_ATTACK,
@@ -79,7 +79,8 @@ def test_budgets_that_nearly_agree_have_files_of_their_own() -> None:
         "cache/full_eps10_s3_t4.pt",
         "cache/full.pt",
         "cache/_eps10.pt",
-        "cache/FULL_eps10.pt",
+        "cache/9_eps10.pt",
+        "cache/fu.ll_eps10.pt",
     ],
 )
 def test_other_paths_are_no_names(path: str) -> None:
@@ -132,7 +133,7 @@ def test_a_lock_is_released_when_its_holder_fails(tmp_path: Path) -> None:
 
 def test_the_lock_keeps_out_another_process_until_it_is_killed(tmp_path: Path) -> None:
     holder = (
-        "import sys; from pathlib import Path; from harness.config import preset_named;"
+        "import sys; from pathlib import Path; from harness.presets import preset_named;"
         "from harness.workspace import Workspace;"
         "workspace = Workspace(Path(sys.argv[1]), preset_named('quickstart'));"
         "lock = workspace.locked(); lock.__enter__(); print('held', flush=True); sys.stdin.read()"

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from harness.compression.variants import Build, build_variant
-from harness.config import preset_named
 from harness.crafting.perturbation import random_sign, to_levels
 from harness.crafting.sgd import SgdSettings, craft_sgd
 from harness.crafting.together import Request
@@ -26,6 +25,7 @@ from harness.models.fused import FusedResNet, can_fuse
 from harness.models.integerise import integerise
 from harness.models.resnet import ResNet
 from harness.pipeline.checkpoints import deployed_form
+from harness.presets import preset_named
 from harness.records import variant_named
 
 pytestmark = [

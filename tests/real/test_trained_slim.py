@@ -19,11 +19,11 @@ from export.exporter import export_model
 from export.runtime import ALL_SETTINGS
 from export.slim import slim
 from export.verify import verify_float
-from harness.config import preset_named
 from harness.models.checkpoint import load_checkpoint
 from harness.models.folded import fold
 from harness.pipeline.checkpoints import train_tasks
 from harness.pipeline.context import Context
+from harness.presets import preset_named
 from harness.workspace import create_workspace
 
 pytestmark = pytest.mark.slow

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from harness.config import preset_named
 from harness.crafting.perturbation import load_perturbation, uap_record
 from harness.inference import predict
 from harness.pipeline import uap_files, uaps
 from harness.pipeline.context import Context
 from harness.pipeline.uap_names import control_names, gradient_free_names, transfer_name
 from harness.pipeline.uaps import craft_tasks
+from harness.presets import preset_named
 from harness.store import open_store
 from harness.workspace import Workspace
 from reports.masking import masking_group
