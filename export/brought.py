@@ -4,7 +4,8 @@ PyTorch has two exporters, and neither is good for every model. They are asked i
 file that is the same function as the model is taken, whoever wrote it, and none is where no file
 is. `torch.export` needs the package onnxscript, and is not asked where that is not installed. Code
 that makes a constant of the size of a batch, as `x.view(len(x), -1)` does for both, gets a file of
-one image at a time, as devices run it.
+one image at a time, as devices run it. A trace that passed a Python decision on a tensor is taken
+only where the other exporter has nothing better, and says so: a file has one side of a branch.
 
 Enters: a model of pixels, float [N, C, H, W] in [0, 255], to logits; calibration images. Leaves:
 `NAME.onnx`, uint8 pixels to logits, and `NAME.json`, as `export.exporter` writes them.
@@ -20,7 +21,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor, nn
+from torch.jit import TracerWarning  # type: ignore[attr-defined]  # public, not declared
 
 from export.agreement import Agreement
 from export.cost import cost_card, uncounted_operators
@@ -47,6 +49,8 @@ EXAMPLES = 2
 """Images that the exporters see: the size of a batch of one would pass for a constant."""
 MOST_COMPARED, MOST_ONE_BY_ONE = 512, 64
 """Images that are compared, in batches, and in batches of one, as they are deployed."""
+_DECISION = "to a Python boolean"
+"""In what tracing warns of where a value becomes a Python one that code can branch on."""
 _REASON = 160
 """Characters of what an exporter said."""
 
@@ -82,30 +86,43 @@ def export_brought(
     properties = {"origin": sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()}
     deployed = _Deployed(model).eval()
     refusals: dict[str, str] = {}
+    doubtful: Callable[[], Exported] | None = None
     examples = torch.from_numpy(np.resize(images, (EXAMPLES, *images.shape[1:])))
     for name, write, batch in WAYS:
         try:
             with _quietly():
-                content = write(deployed, examples[:batch], batch is None)
-            content = _tidied(content, properties)
+                written = write(deployed, examples[:batch], batch is None)
+            content = _tidied(written.content, properties)
             agreement = _compared(content, model, images, batch)
             cost = _counted(content, partial(write, deployed, examples[:1], False), images)
         except Exception as error:  # PyTorch's exporters raise whatever they come across
             refusals.setdefault(name, _one_line(error))
             continue
-        if agreement.passed:
-            return save_export(
-                content,
-                agreement,
-                out=out,
-                calibration=images[: agreement.images],
-                metadata=metadata,
-                classes=classes,
-                slimming=None,
-                details={"exporter": name, "batch": batch, "min_onnxruntime": None},
-                cost=cost,
-            )
-        refusals.setdefault(name, f"not the same function, {agreement.reason}")
+        if not agreement.passed:
+            refusals.setdefault(name, f"not the same function, {agreement.reason}")
+            continue
+        save = partial(
+            save_export,
+            content,
+            agreement,
+            out=out,
+            calibration=images[: agreement.images],
+            metadata=metadata,
+            classes=classes,
+            slimming=None,
+            details={
+                "exporter": name,
+                "batch": batch,
+                "decided_on_tensors": written.decisions,
+                "min_onnxruntime": None,
+            },
+            cost=cost,
+        )
+        if not written.decisions:
+            return save()
+        doubtful = doubtful or save
+    if doubtful is not None:
+        return doubtful()
     said = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     raise UsageError(
         f"export of {out.stem} refused, nothing written: {said} (a file of your own making can be "
@@ -125,23 +142,38 @@ class _Deployed(nn.Module):
         return logits
 
 
-def _traced(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
+@dataclass(frozen=True)
+class Written:
+    """An ONNX file, and where their code made Python decisions on tensors: `net.py:12`."""
+
+    content: bytes
+    decisions: tuple[str, ...] = ()
+
+
+def _traced(model: nn.Module, example: Tensor, any_batch: bool) -> Written:
     """By the exporter that follows one call: quick, and what it writes old runtimes read."""
     buffer = io.BytesIO()
-    torch.onnx.export(
-        model,
-        (example,),
-        buffer,  # type: ignore[arg-type]  # a file object is taken, and not declared
-        dynamo=False,
-        input_names=[IMAGE],
-        output_names=[LOGITS],
-        dynamic_axes={IMAGE: {0: "N"}, LOGITS: {0: "N"}} if any_batch else None,
-        opset_version=OPSET,
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", TracerWarning)
+        torch.onnx.export(
+            model,
+            (example,),
+            buffer,  # type: ignore[arg-type]  # a file object is taken, and not declared
+            dynamo=False,
+            input_names=[IMAGE],
+            output_names=[LOGITS],
+            dynamic_axes={IMAGE: {0: "N"}, LOGITS: {0: "N"}} if any_batch else None,
+            opset_version=OPSET,
+        )
+    decisions = dict.fromkeys(
+        f"{Path(warning.filename).name}:{warning.lineno}"
+        for warning in told
+        if _DECISION in str(warning.message)
     )
-    return buffer.getvalue()
+    return Written(buffer.getvalue(), tuple(decisions))
 
 
-def _captured(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
+def _captured(model: nn.Module, example: Tensor, any_batch: bool) -> Written:
     """By the exporter that captures the program: for what the other has no operator."""
     if importlib.util.find_spec("onnxscript") is None:
         raise HarnessError("not tried, it needs onnxscript (pip install onnxscript)")
@@ -155,11 +187,10 @@ def _captured(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
         verbose=False,
     )
     assert program is not None, "without a file name the program is returned"
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+    return Written(program.model_proto.SerializeToString())
 
 
-Write = Callable[[nn.Module, Tensor, bool], bytes]
+Write = Callable[[nn.Module, Tensor, bool], Written]
 """(uint8 images -> logits, example, whether any number of images is to be taken) -> ONNX."""
 WAYS: tuple[tuple[str, Write, int | None], ...] = (
     ("TorchScript", _traced, None),
@@ -192,13 +223,27 @@ def _strip(message: Any) -> None:
 
 def _compared(content: bytes, model: nn.Module, images: Images, batch: int | None) -> Agreement:
     alone = tuple(replace(settings, batch_size=1) for settings in EXPORT_SETTINGS)
-    found = verify_float(content, model, images[:MOST_ONE_BY_ONE], settings=alone)
-    if batch is not None or not found.passed:
+    few = images[:MOST_ONE_BY_ONE]
+    found = verify_float(content, model, few, settings=alone)
+    if not found.passed:
+        return found
+    ways = alone[:1] if batch is not None else EXPORT_SETTINGS
+    for images_unlike in _unlike(few):
+        unlike = verify_float(content, model, images_unlike, settings=ways)
+        if not unlike.passed:
+            return replace(unlike, reason=f"on images unlike the data, {unlike.reason}")
+    if batch is not None:
         return found
     return verify_float(content, model, images, settings=EXPORT_SETTINGS)
 
 
-def _counted(content: bytes, again: Callable[[], bytes], images: Images) -> CostCard:
+def _unlike(images: Images) -> tuple[Images, ...]:
+    """Brighter, darker, inverted, noise: what takes another side of a branch than the data does."""
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    return (128 + images // 2, images // 2, 255 - images, noise)
+
+
+def _counted(content: bytes, again: Callable[[], Written], images: Images) -> CostCard:
     """The file's cost; operators whose shapes it leaves open as they are in one for one image."""
     channels, height, width = images.shape[1:]
     cost = cost_card(content, image_shape=(channels, height, width))
@@ -206,7 +251,7 @@ def _counted(content: bytes, again: Callable[[], bytes], images: Images) -> Cost
         return cost
     try:
         with _quietly():
-            single = cost_card(again(), image_shape=(channels, height, width))
+            single = cost_card(again().content, image_shape=(channels, height, width))
     except Exception:  # the exporter's own; what was counted is said to be a lower bound
         return cost
     return replace(single, file_bytes=cost.file_bytes, gzip_bytes=cost.gzip_bytes)

@@ -22,11 +22,15 @@ from harness.records import HarnessError
 
 _FOLDABLE = frozenset(
     (
-        "Cast", "DequantizeLinear", "Div", "Gather", "GatherElements", "Identity", "Mod", "Reshape",
-        "Slice", "Squeeze", "Transpose", "Unsqueeze",
+        "Abs", "Add", "Cast", "Ceil", "Clip", "DequantizeLinear", "Div", "Floor", "Gather",
+        "GatherElements", "Identity", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "QuantizeLinear",
+        "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Reshape",
+        "Round", "Sign", "Slice", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
     )
 )  # fmt: skip
-"""What may stand between a stored tensor and the operator that uses it."""
+"""What may stand between a stored tensor and the operator that uses it: packing, and what
+fake-quantises weights."""
+_BROADCASTING = frozenset(("Add", "Div", "Max", "Min", "Mod", "Mul", "Pow", "Sub"))
 _MAX_FOLDED_ELEMENTS = 1 << 28
 """A table of a megabyte read at a million places is a small file and a tensor of terabytes."""
 _MAX_FOLDED_BYTES = 2 << 30
@@ -304,9 +308,9 @@ def _folded_elements(node: onnx.NodeProto, operands: list[Array]) -> int:
     along = first.shape[axis] if -first.ndim <= axis < first.ndim else 1
     if node.op_type == "Gather" and rest:
         return rest[0].size * (first.size // max(along, 1))
-    if node.op_type in ("Div", "Mod") and rest:
+    if node.op_type in _BROADCASTING and rest:
         try:
-            return prod(np.broadcast_shapes(first.shape, rest[0].shape))
+            return prod(np.broadcast_shapes(*(operand.shape for operand in operands)))
         except ValueError:
             return 0
     if node.op_type == "DequantizeLinear" and rest and along == 1:

@@ -4,7 +4,9 @@ Enters: an open `Store`. Leaves: `ResultRow`s, one per (variant, device, emulate
 clean, evaluation set). Where the same was measured more than once, the latest complete run wins;
 a sample is put together from its parts, and is compared on the images it holds.
 Only models that are current (registered last for their variant) appear: an older export's
-numbers stay in the store, but do not describe the file that would be shipped now.
+numbers stay in the store, but do not describe the file that would be shipped now. The same holds
+for perturbations: of those that this workspace made under one name the last, and none that was
+crafted on another model than its source is now.
 """
 
 from __future__ import annotations
@@ -77,10 +79,43 @@ def superseded(store: Store, *, deployed: Mapping[str, str] | None = None) -> di
     return found
 
 
+def replaced_uaps(store: Store) -> dict[str, str]:
+    """Sha256 -> source of perturbations that this workspace made, and that are no longer its own.
+
+    Another was made under the same name, or the model they were crafted on is another now.
+    """
+    crafted_on = {model.variant: _identity(model) for model in store.models().values()}
+    newest: dict[tuple[object, ...], str] = {}
+    found: dict[str, str] = {}
+    for sha256, uap in store.uaps().items():  # newest last
+        if not uap.own:
+            continue
+        name = (uap.source, uap.attack, uap.protocol, uap.dataset, uap.eps, uap.target, uap.seed)
+        if name in newest:
+            found[newest[name]] = uap.source
+        newest[name] = sha256
+        known, own = crafted_on.get(uap.source), uap.meta.get("checkpoint_sha256")
+        if known is not None and own is not None and known != own:
+            found[sha256] = uap.source
+    return found
+
+
+def _identity(model: ModelRecord) -> object:
+    """What says whether a perturbation was crafted on it; None of a file that a user brought."""
+    metadata = model.manifest.get("metadata")
+    if not isinstance(metadata, dict):
+        return None
+    return metadata.get("identity") or metadata.get("checkpoint_sha256")
+
+
 def _known(store: Store) -> dict[RunKey, list[Merged]]:
-    models = store.models()
+    models, replaced = store.models(), replaced_uaps(store)
     return by_machine(
-        (stored for stored in store.predictions() if stored.run.model_sha256 in models),
+        (
+            stored
+            for stored in store.predictions()
+            if stored.run.model_sha256 in models and stored.run.uap_sha256 not in replaced
+        ),
         images={sha256: len(record.labels) for sha256, record in store.evaluation_sets().items()},
     )
 

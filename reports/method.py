@@ -24,6 +24,13 @@ COMMANDS = (
     ("harness results --json", "the rows behind this page"),
     ("harness report", "write this page again"),
 )
+OWN_COMMANDS = (
+    (
+        "harness run --factory PKG:FN --checkpoint FILE --name NAME",
+        "everything for one model: export, craft, attack, time, report",
+    ),
+    *COMMANDS[2:],
+)
 
 DEFINITIONS = (
     ("UER", "universal evasion rate: share of all evaluation images that the model gets wrong"
@@ -82,7 +89,8 @@ def facts(view: View) -> list[tuple[str, str]]:
     used = {r.uap_sha256: r for r in rows if r.uap_sha256 is not None}
     crafted = [r for r in used.values() if r.uap_source not in CONTROLS]
     targeted = sum(r.target is not None for r in crafted)
-    models = [v.model for v in view.variants]
+    models = [v.model for v in view.variants if v.model.method != "user"]
+    own = len(view.variants) - len(models)
     dates = sorted(r.created_at for r in rows)
     commits = sorted({r.git_commit for r in rows if r.git_commit})
     found = [
@@ -93,7 +101,8 @@ def facts(view: View) -> list[tuple[str, str]]:
         ("Models", f"{listed(sorted({m.arch for m in models}))}, width"
          f" {listed(sorted({str(m.width) for m in models}))}, preset"
          f" {listed(sorted({m.preset for m in models}))}, training seed"
-         f" {listed(sorted({str(m.seed) for m in models}))}"),
+         f" {listed(sorted({str(m.seed) for m in models}))}" if models else ""),
+        ("Your own models", str(own) if own else ""),
         ("Perturbations", f"{len(used)}: {len(crafted) - targeted} untargeted,"
          f" {targeted} targeted, {len(used) - len(crafted)} controls" if used else "none"),
         ("Crafting", _craft(view)),
@@ -202,7 +211,9 @@ def compression(view: View) -> TextTable:
 
 def commands(view: View) -> list[tuple[str, str]]:
     device = clean_text(view.device.name, 40)
-    return [(line.format(device=device), meaning) for line, meaning in COMMANDS]
+    own = all(v.model.method == "user" for v in view.variants)
+    lines = OWN_COMMANDS if own else COMMANDS
+    return [(line.format(device=device), meaning) for line, meaning in lines]
 
 
 def device_comparison(view: View) -> TextTable | None:

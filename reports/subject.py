@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from harness.records import CONTROLS, DEPLOYABLE, HarnessError, ResultRow
+from harness.records import CONTROLS, DEPLOYABLE, ResultRow, UsageError
 from harness.store import Store
 from reports.view import GRADIENT_FREE, Craft, DeviceId, VariantView
 
@@ -24,7 +24,7 @@ def headline_device(rows: list[ResultRow], device: str | None) -> DeviceId:
         matching = [place for place in places if place.name == device]
         if not matching:
             known = ", ".join(sorted({place.name for place in places}))
-            raise HarnessError(
+            raise UsageError(
                 f"no results from device {device!r}: choose from {known}, or run"
                 f" `harness attack-device --device {device}`"
             )
@@ -101,7 +101,7 @@ def choose_baseline(store: Store, variants: tuple[VariantView, ...], wanted: str
     names = [variant.name for variant in variants]
     if wanted is not None:
         if wanted not in names:
-            raise HarnessError(
+            raise UsageError(
                 f"no results of {wanted!r} to compare with: choose from {', '.join(names)}"
             )
         return wanted

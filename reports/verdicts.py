@@ -6,6 +6,8 @@ claimed only where a paired test shows one; otherwise it says so.
 
 from __future__ import annotations
 
+import math
+
 from harness.seeds import METHOD
 from reports import advice
 from reports.estimates import sample_sizes
@@ -14,6 +16,9 @@ from reports.inference import ALPHA, Comparison, Measure, against_baseline, ceil
 from reports.masking import Group, Sentence, masking_group
 from reports.view import View
 from reports.words import interval, label_of, listed, p_value, percent, points, span
+
+FEW_IMAGES = 400
+"""Below, a rate near one half is not known to five points."""
 
 
 def conclusions(view: View) -> list[Group]:
@@ -123,6 +128,11 @@ def _reach(view: View) -> list[str]:
     if sizes is not None:
         images = f"the images that both were given ({span(*sizes)} a model)"
     said = _no_better_than_a_guess(view)
+    n = len(view.evaluation.labels)
+    if n < FEW_IMAGES:
+        said.append(
+            f"These are {n} images: a rate is known to about \u00b1{98 / math.sqrt(n):.0f} points."
+        )
     said += [
         "Each variant is one file from one training seed: the tests above speak about these files"
         f" on {images}, not about the compression methods. A claim about a method needs"

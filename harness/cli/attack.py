@@ -147,6 +147,11 @@ def attack_device(
     for value in transfer_eps:
         if not 1 <= value <= 255:
             raise UsageError(f"--transfer {value:g} must be from 1 to 255 (1/255 units)")
+    if brought and transfer_eps:
+        raise UsageError(
+            "--transfer is of the ten variants; models of your own meet each other in harness run "
+            "--factory, at the budgets of craft.transfer_eps"
+        )
     device = device_named(device_name)
     if models or all_models:
         variants: list[str] | None = chosen_variants(models, all_models, deployable=True)

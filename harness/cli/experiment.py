@@ -212,12 +212,20 @@ def _configuration(root: Path, preset: str | None, dataset: str | None, seed: in
 
     from harness.presets import preset_named
 
-    if dataset is not None and (dataset.endswith(".npz") or "/" in dataset):
+    names_a_path = dataset is not None and (dataset.endswith(".npz") or "/" in dataset)
+    if dataset is not None and (names_a_path or _is_folder(dataset)):
         path, folder = Path(dataset).absolute(), root.absolute()
         inside = path.is_relative_to(folder)
         dataset = f"./{path.relative_to(folder)}" if inside else str(path.resolve())
     config = preset_named(preset or "quickstart", dataset=dataset)
     return config if seed is None else replace(config, seed=seed)
+
+
+def _is_folder(dataset: str) -> bool:
+    """A folder of class folders here, and none of the data sets that have a name."""
+    from harness.data.dataset import NAMES
+
+    return dataset.lower() not in NAMES and Path(dataset).is_dir()
 
 
 def agreed_workspace(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import click
 
 from harness.cli.options import json_option, workspace_option
-from harness.records import HarnessError, deployable_named
+from harness.records import DEPLOYABLE, HarnessError, UsageError
 
 
 @click.command()
@@ -94,7 +95,7 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
       harness results --json > results.json
     """
     from harness.cli.results_table import print_results
-    from harness.results import result_rows, superseded
+    from harness.results import replaced_uaps, result_rows, superseded
     from harness.store import open_store
     from harness.workspace import open_workspace
     from reports.masking_table import rows_of
@@ -103,13 +104,19 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
     with open_store(workspace.results, create=False) as store:
         rows = result_rows(store)
         derived = rows_of(store, rows)
-        hidden = superseded(store)
+        hidden, replaced = superseded(store), replaced_uaps(store)
+        kept_uaps = Counter(
+            replaced[stored.run.uap_sha256]
+            for stored in store.predictions()
+            if stored.run.uap_sha256 in replaced
+        )
     if not rows and not as_json:
         raise HarnessError(f"{workspace.results} has no results yet: run `harness run` first")
-    measured = {row.variant for row in rows}
+    measured = list(dict.fromkeys(row.variant for row in rows))
     for name in models:
-        if name not in measured:
-            deployable_named(name)
+        if name not in (*measured, *DEPLOYABLE):
+            known = ", ".join(measured or DEPLOYABLE)
+            raise UsageError(f"unknown variant {name!r}: choose from {known}")
     kept = [
         (row, values)
         for row, values in zip(rows, derived, strict=True)
@@ -122,6 +129,10 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
     if hidden:
         runs = ", ".join(f"{count:,} of {name}" for name, count in sorted(hidden.items()))
         click.echo(f"Kept and not shown: runs on files exported earlier ({runs})", err=True)
+    if kept_uaps:
+        runs = ", ".join(f"{count:,} of {name}" for name, count in sorted(kept_uaps.items()))
+        text = f"Kept and not shown: runs under perturbations crafted earlier ({runs})"
+        click.echo(text, err=True)
 
 
 @click.command()

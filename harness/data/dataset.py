@@ -34,6 +34,10 @@ _CHUNK = 4096  # images per step of a pass over a split: tens of MB of temporari
 Progress = Callable[[str], None]
 
 
+MANY_SHARED = 0.01
+"""Of evaluation images that are training images too: a few are in many collections."""
+
+
 @dataclass(frozen=True, eq=False)  # compare fingerprints
 class Dataset:
     """Images in their roles. Treat the arrays as read-only: attack may be train itself.
@@ -111,6 +115,16 @@ def load_dataset(
         subset = f"Evaluated on {len(chosen):,} of {total:,} test images (stratified)."
         note = f"{note} {subset}".strip()
 
+    shared = 0 if name in NAMES else shared_images(evaluation, train)
+    if shared >= MANY_SHARED * len(evaluation):
+        text = (
+            f"{shared:,} of {len(evaluation):,} evaluation images are training images too: numbers"
+            " here do not say how a model does on new ones."
+        )
+        note = f"{note} {text}".strip()
+        if progress is not None:
+            progress(f"warning: {text}")
+
     digests = {
         "train": _digest(train),
         "calibration": _digest(calibration),
@@ -138,6 +152,16 @@ def load_dataset(
 def evaluation_digest(split: Split) -> str:
     """SHA-256 of the images and labels of `split` and their shapes: `EvaluationSet.sha256`."""
     return _digest(split)
+
+
+def shared_images(split: Split, other: Split) -> int:
+    """How many images of the one are in the other, pixel by pixel."""
+
+    def seen(images: NDArray[np.uint8]) -> list[bytes]:
+        return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+
+    there = set(seen(other.images))
+    return sum(image in there for image in seen(split.images))
 
 
 def _check_arguments(attack_images: int, evaluation_images: int | None, seed: int) -> None:

@@ -28,6 +28,8 @@ from harness.records import CONTROLS, DEPLOYABLE, HarnessError, UsageError
 from harness.sources import FLEET
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+OURS = ("harness", "export", "devices", "reports")
+"""The top-level packages of this distribution."""
 RESERVED, RESERVED_ENDINGS = ("tuning",), ("_compat",)
 """Of other files in `cache/`, as `harness.workspace` names them."""
 
@@ -114,7 +116,12 @@ def make_convention(
             f"--mean {_listed(mean)} is outside pixels in [0, {input_range}]: --mean and --std are "
             "in units of --input-range (1, as in torchvision's Normalize, or 255)"
         )
-    return Convention(input_range, mean, std)
+    return Convention(input_range, _shortest(mean), _shortest(std))
+
+
+def _shortest(values: tuple[float, ...]) -> tuple[float, ...]:
+    """One value for all channels where they have the same: one convention, one way to write it."""
+    return values[:1] if len(set(values)) == 1 else values
 
 
 def check_name(name: str, *, given: bool) -> None:
@@ -170,6 +177,11 @@ def make_network(factory: str) -> nn.Module:
         UsageError: not of that form, not importable, not callable, raises, returns no module.
     """
     module_name, attribute = parse_factory(factory)
+    if module_name.partition(".")[0] in OURS:
+        raise UsageError(
+            f"--factory {factory}: {module_name.partition('.')[0]} is a package of the harness "
+            "itself: call your module something else"
+        )
     make: Any = _import(module_name)
     for part in attribute.split("."):
         if not hasattr(make, part):

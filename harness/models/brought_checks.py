@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from harness.data.splits import Split
@@ -28,6 +29,10 @@ GOOD_ACCURACY = 0.9
 BETTER = 0.05
 """By how much another convention must be more accurate before it is named."""
 CLOSE = 0.02
+FAR_BETTER, ENOUGH_A_CLASS = 0.2, 5
+"""Before another order of classes is named: how much better it is, by how many images a class."""
+MOST_NAMED = 6
+GUESS = ", not shown to be better than a guess"
 SAME = 1e-3
 """Of the largest logit: how much a model may differ from itself by rounding."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -163,7 +168,7 @@ def read_accuracy(
     convention: Convention,
     evaluation: Split,
     *,
-    classes: int,
+    names: tuple[str, ...],
     own_statistics: tuple[tuple[float, ...], tuple[float, ...]],
     device: torch.device,
 ) -> Reading:
@@ -173,7 +178,7 @@ def read_accuracy(
         model: on `device`.
         convention: what it was made with.
         evaluation: images and labels.
-        classes: how many there are.
+        names: of the classes, in the order of the logits.
         own_statistics: mean and standard deviation of each channel of the data, in [0, 1].
         device: where to run.
     """
@@ -182,36 +187,68 @@ def read_accuracy(
     )
     images, labels = evaluation.images[chosen], evaluation.labels[chosen]
 
-    def hits(of: BroughtModel) -> int:
-        return int((predict(of, images, None, device=device, batch_size=64) == labels).sum())
+    def predicted(of: BroughtModel) -> np.ndarray:
+        return predict(of, images, None, device=device, batch_size=64)
 
-    n, right = len(labels), hits(model)
+    n, said, classes = len(labels), predicted(model), len(names)
+    right = int((said == labels).sum())
     accuracy = right / n
     if accuracy >= GOOD_ACCURACY:
         return Reading(accuracy, "")
     best, better = right, None
     for other in _conventions(images.shape[1], own_statistics):
         if other != convention:
-            tried = hits(BroughtModel(model.network, other).to(device))
+            tried = int((predicted(BroughtModel(model.network, other).to(device)) == labels).sum())
             # A later one is less usual: it must do better by more than luck.
             if tried > best + (0 if better is None else CLOSE * n):
                 best, better = tried, other
     share = float(np.bincount(labels, minlength=classes).max()) / n
     at_chance = wilson(right, n)[0] <= max(share, 1 / classes)
     found = f"clean accuracy is {accuracy:.1%} on {n} evaluation images"
+    if (order := _other_order(said, labels, names)) and best < order[0]:
+        return Reading(
+            accuracy,
+            f"warning: {found}; the classes are likely in another order: logits stand for "
+            f"{_shortened(names)}, and with {order[1]} it is {order[0] / n:.1%}",
+        )
     if better is not None and wilson(best, n)[0] > max(accuracy + BETTER, share):
         return Reading(
             accuracy,
-            f"warning: {found}{', which is chance' if at_chance else ''}; the convention is likely "
+            f"warning: {found}{GUESS if at_chance else ''}; the convention is likely "
             f"wrong: with {better.options()} it is {best / n:.1%}",
         )
     if at_chance:
         return Reading(
             accuracy,
-            f"warning: {found}, which is chance, and no convention tried does better: check the "
+            f"warning: {found}{GUESS}, and no convention tried does better: check the "
             "checkpoint, the order of classes and channels, and --input-range, --mean and --std",
         )
     return Reading(accuracy, "")
+
+
+def _other_order(
+    said: np.ndarray, labels: np.ndarray, names: tuple[str, ...]
+) -> tuple[int, str] | None:
+    """(how many are right, the change) of the best other order of the logits; None: none is.
+
+    An order that is chosen for these images does better on them by luck: it must do so by much.
+    """
+    n, classes = len(labels), len(names)
+    if n < ENOUGH_A_CLASS * classes:
+        return None
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(confusion, (said, labels), 1)
+    logits, meant = linear_sum_assignment(-confusion)
+    right, before = int(confusion[logits, meant].sum()), int(np.trace(confusion))
+    if wilson(right, n)[0] <= before / n + FAR_BETTER:
+        return None
+    moved = [(i, j) for i, j in zip(logits, meant, strict=True) if i != j]
+    change = ", ".join(f"logit {i} as {names[j]}" for i, j in moved[:MOST_NAMED])
+    return right, change + (", ..." if len(moved) > MOST_NAMED else "")
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
 
 
 def _conventions(

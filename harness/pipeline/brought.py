@@ -24,7 +24,7 @@ from harness.pipeline.attack_settings import (
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.craft_pass import craft_pass
 from harness.pipeline.tasks import Progress, Task
-from harness.pipeline.uap_files import PROBE_VERSION, check_request
+from harness.pipeline.uap_files import PROBE_VERSION, check_request, say_if_damaged
 from harness.pipeline.uap_names import attack_of
 from harness.records import UsageError
 from harness.workspace import UapName
@@ -72,7 +72,7 @@ class Brought:
                 self.model.to(device),
                 self.recipe.convention,
                 data.evaluation,
-                classes=len(data.classes),
+                names=data.classes,
                 own_statistics=(
                     tuple(v / 255 for v in data.mean_255),
                     tuple(v / 255 for v in data.std_255),
@@ -114,6 +114,8 @@ def _pass(brought: Brought, names: list[UapName], settings: Settings) -> Task:
 
     def run(progress: Progress) -> None:
         lacking, recipe = missing(), brought.recipe
+        for name in lacking:
+            say_if_damaged(context, name)
         with theirs(f"--factory {recipe.factory}: crafting on its model"):
             craft_pass(
                 context,
@@ -148,8 +150,11 @@ def _is_valid(brought: Brought, name: UapName) -> bool:
     path = brought.context.workspace.uap(name)
     if not path.exists():
         return False
-    key = _key(brought.context, name, brought.identity)
-    return load_perturbation(path, own=True).meta.get("key") == key
+    try:
+        key = load_perturbation(path, own=True).meta.get("key")
+    except UsageError:  # damaged: made again
+        return False
+    return key == _key(brought.context, name, brought.identity)
 
 
 def crafted_on(context: Context, name: UapName) -> str | None:
@@ -158,7 +163,10 @@ def crafted_on(context: Context, name: UapName) -> str | None:
     None where there is no such file, or it was crafted otherwise.
     """
     path = context.workspace.uap(name)
-    meta = load_perturbation(path, own=True).meta if path.exists() else {}
+    try:
+        meta = load_perturbation(path, own=True).meta if path.exists() else {}
+    except UsageError:
+        return None
     identity = meta.get("checkpoint_sha256")
     valid = isinstance(identity, str) and meta.get("key") == _key(context, name, identity)
     return identity if valid else None

@@ -16,8 +16,9 @@ from harness.models.brought import theirs
 from harness.pipeline.brought import Brought, crafted_on
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.exports import EXPORT_FORWARDS, brought_manifest, measure_memory
-from harness.pipeline.tasks import Progress, Task
+from harness.pipeline.tasks import Progress, Task, note
 from harness.pipeline.uap_names import transfer_names
+from harness.records import DEPLOYABLE
 
 VERSION = 2
 
@@ -45,11 +46,14 @@ class Earlier:
 
 
 def earlier_models(context: Context, *, but: str) -> list[Earlier]:
-    """Every model that was brought here before, others than `but`."""
+    """Every model that was brought here before, others than `but`; of a damaged one the name."""
     found = []
     for path in sorted(context.workspace.cache.glob("*.onnx")):
+        if path.stem == but or path.stem.removesuffix("_compat") in DEPLOYABLE:
+            continue
         manifest = brought_manifest(path)
-        if manifest is None or path.stem == but:
+        if manifest is None:  # damaged, or a file that the user put there
+            found.append(Earlier(path.stem, "PKG:FN", usable=False))
             continue
         metadata = manifest["metadata"]
         identity, labels = metadata["identity"], _labels_of(metadata)
@@ -108,6 +112,13 @@ def _export(brought: Brought, progress: Progress) -> None:
             calibration=context.data.calibration.images,
             classes=context.data.classes,
             metadata={**labels, "identity": identity, "key": _key(context, identity, labels)},
+        )
+    if decisions := exported.manifest["decided_on_tensors"]:
+        note(
+            context.reporter,
+            f"warning: {recipe.name} decides in Python on tensors ({', '.join(decisions[:3])}): if "
+            "that hangs on the image, the file has one side of it; it agrees with PyTorch on "
+            f"{exported.agreement.images} images and others made of them",
         )
     progress(0.9, "memory")
     measure_memory(context, exported.path)

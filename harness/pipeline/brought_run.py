@@ -96,8 +96,8 @@ def _others(brought: Brought) -> list[str]:
         if not model.usable:
             note(
                 context.reporter,
-                f"{model.name} was not crafted on with the present harness.toml, or is another "
-                "file than then: left out here; to have it beside the others: harness run "
+                f"{model.name} was not crafted on with the present harness.toml, or is damaged or "
+                "another file than then: left out here; to have it beside the others: harness run "
                 f"--factory {model.factory} --name {model.name} (with its checkpoint)",
             )
     return [model.name for model in models if model.usable]

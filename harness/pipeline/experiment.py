@@ -11,7 +11,7 @@ from typing import Literal
 from devices.local import LocalDevice
 from devices.model_file import check_model_file
 from devices.session import Device
-from harness.crafting.perturbation import load_perturbation
+from harness.crafting.perturbation import Perturbation, load_perturbation
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.brought import Brought, brought_tasks
 from harness.pipeline.brought_export import brought_export_task
@@ -25,7 +25,7 @@ from harness.pipeline.evaluation import (
     load_attack,
     register,
 )
-from harness.pipeline.exports import export_tasks
+from harness.pipeline.exports import brought_manifest, export_tasks
 from harness.pipeline.instructions import instructions_task
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task
@@ -191,12 +191,16 @@ def attack_tasks(
     names = [name for name, _ in located if name is not None]
     for name, path in located:
         if name is None:
-            load_attack(context, path)  # bad input is refused before anything is built
+            attack = load_attack(context, path)  # bad input is refused before anything is built
+            _say_if_of_another(context, path, attack.perturbation)
     stems = [*(path.stem for path in onnx_files), *([own] if own is not None else [])]
     if len(set(stems)) < len(stems):
         raise UsageError("two models have the same name: rename one, so that rows stay apart")
     for path in onnx_files:
         _check_onnx(context, path)
+    files = [context.sha256(path) for path in onnx_files]
+    if len(set(files)) < len(files):
+        raise UsageError("two --onnx files are the same file: name one of them")
     on_own = [name for name in names if name.source == own]
     names = [name for name in names if name.source != own]
     sources = [member for name in names for member in members(name.source)]
@@ -261,6 +265,17 @@ def locate_uap(
     )
 
 
+def _say_if_of_another(context: Context, path: Path, perturbation: Perturbation) -> None:
+    """A perturbation of one's own model that has been exported anew since: used, and said to be."""
+    manifest = brought_manifest(context.workspace.onnx(perturbation.source))
+    of = perturbation.meta.get("checkpoint_sha256")
+    if manifest is not None and of is not None and manifest["metadata"]["identity"] != of:
+        context.reporter.note(
+            f"{path} was crafted on another model than cache/{perturbation.source}.onnx is of: "
+            "rows will not call it that model's; harness craft --factory makes it anew"
+        )
+
+
 def _foreign(path: Path) -> bool:
     """Whether a file under one of our names was made elsewhere: used as it is, not rebuilt."""
     return path.exists() and "key" not in load_perturbation(path, own=True).meta
@@ -284,8 +299,28 @@ def _check_onnx(context: Context, path: Path) -> None:
         exported = context.workspace.onnx(name)
         if exported.exists() and context.sha256(exported) == model.sha256:
             raise UsageError(f"{path} is the workspace's own {name}: use --model {name}")
+    _check_known(context, path, model.sha256)
     if model.image_shape != context.image_shape or model.classes != len(context.data.classes):
         raise UsageError(
             f"{path} takes images {list(model.image_shape)} of {model.classes} classes; "
             f"{context.data.name} has {list(context.image_shape)} of {len(context.data.classes)}"
+        )
+
+
+def _check_known(context: Context, path: Path, sha256: str) -> None:
+    """Results belong to a file, and a file has one name: neither may be taken from another."""
+    exported = context.workspace.onnx(path.stem)
+    if exported.resolve() != path.resolve() and brought_manifest(exported) is not None:
+        raise UsageError(
+            f"{path} is called like your model {path.stem} (--factory): rename it, so that rows "
+            "stay apart"
+        )
+    if not context.workspace.results.exists():
+        return
+    with context.open_store() as store:
+        known = store.models(current_only=False).get(sha256)
+    if known is not None and known.variant != path.stem:
+        raise UsageError(
+            f"{path} is the file that was measured here as {known.variant}: call it "
+            f"{known.variant}.onnx, or use its results"
         )

@@ -277,5 +277,8 @@ def _foreign_record(
         width=None,
         seed=None,
         cost=cost,
-        manifest={"notes": notes},
+        manifest={
+            "notes": notes,
+            **({"metadata": {"identity": manifest["metadata"]["identity"]}} if manifest else {}),
+        },
     )

@@ -15,6 +15,7 @@ from harness.crafting.perturbation import load_perturbation
 from harness.pipeline.attack_settings import craft_split, probed, settings_key, settings_of
 from harness.pipeline.checkpoints import checkpoint_key, valid_checkpoint
 from harness.pipeline.context import Context
+from harness.pipeline.tasks import note
 from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, UsageError, variant_named
 from harness.sources import is_ensemble, members
@@ -64,15 +65,14 @@ def checkpoints_sha256(context: Context, source: str) -> str:
 
 
 def valid_uap(context: Context, name: UapName) -> bool:
-    """Whether the perturbation on disk is what the configuration asks for.
-
-    Raises:
-        UsageError: there is a file, but it is damaged.
-    """
+    """Whether the perturbation on disk is what the configuration asks for, and whole."""
     path = context.workspace.uap(name)
     if not path.exists():
         return False
-    perturbation = load_perturbation(path, own=True)
+    try:
+        perturbation = load_perturbation(path, own=True)
+    except UsageError:  # damaged: made again
+        return False
     if perturbation.meta.get("key") != uap_key(context, name):
         return False
     if name.source in CONTROLS:
@@ -81,6 +81,16 @@ def valid_uap(context: Context, name: UapName) -> bool:
     if not all(valid_checkpoint(context, variant) for variant in variants):
         return False
     return perturbation.meta.get("checkpoint_sha256") == checkpoints_sha256(context, name.source)
+
+
+def say_if_damaged(context: Context, name: UapName) -> None:
+    """A perturbation that cannot be read is made again; its owner should know."""
+    path = context.workspace.uap(name)
+    if path.exists():
+        try:
+            load_perturbation(path, own=True)
+        except UsageError as error:
+            note(context.reporter, f"crafting {name.stem} again: {error}".partition(": delete")[0])
 
 
 def check_request(context: Context, name: UapName) -> None:

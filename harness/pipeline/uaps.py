@@ -41,7 +41,13 @@ from harness.pipeline.checkpoints import (
 from harness.pipeline.context import Context
 from harness.pipeline.craft_pass import craft_pass, new_perturbation
 from harness.pipeline.tasks import Progress, Shared, Task
-from harness.pipeline.uap_files import check_name, checkpoints_sha256, uap_key, valid_uap
+from harness.pipeline.uap_files import (
+    check_name,
+    checkpoints_sha256,
+    say_if_damaged,
+    uap_key,
+    valid_uap,
+)
 from harness.pipeline.uap_names import attack_of
 from harness.records import CONTROLS, variant_named
 from harness.sources import FLEET, is_ensemble, members
@@ -129,6 +135,8 @@ class _Pass:
         with self._lock:
             missing = [n for n in self.names if not valid_uap(self.context, n)]
             if missing:
+                for name in missing:
+                    say_if_damaged(self.context, name)
                 partial = self.context.workspace.partial(f"craft_{self.names[0].stem}")
                 _craft(self.context, missing, self.settings, partial, progress)
                 self._made.update(name.stem for name in missing)

@@ -178,7 +178,10 @@ def _export(model: nn.Module, path: Path) -> Path:
     [
         (("--input-range", "255"), ["convention is likely wrong", "--mean"]),
         ((), ["warning: clean accuracy is", "convention is likely wrong"]),
-        (("--checkpoint", "untrained.pt"), ["which is chance", "check the checkpoint"]),
+        (
+            ("--checkpoint", "untrained.pt"),
+            ["not shown to be better than a guess", "check the checkpoint"],
+        ),
     ],
 )
 def test_a_wrong_convention_is_told(

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from cli_cases import Outcome, error_line, succeeded
 from factory_cases import GRAY, Lab
+from PIL import Image
 from torch import nn
 
 from harness import unfinished
@@ -148,7 +150,7 @@ def test_models_of_their_own_meet_each_other_and_the_first_is_what_others_are_co
     succeeded(run("report", "--baseline", "half", "--workspace", root, cwd=lab.root))
     assert "Against half" in (root / "report" / "index.html").read_text()
     refused = run("report", "--baseline", "full", "--workspace", root, cwd=lab.root)
-    assert refused.code == 1
+    assert refused.code == 2
     assert "no results of 'full' to compare with: choose from half, whole" in error_line(refused)
 
 
@@ -394,3 +396,158 @@ def test_a_search_that_was_killed_leaves_nothing_behind_when_it_is_made(
     succeeded(run(*craft, "--workspace", root, cwd=lab.root))
     assert len(set(calls)) == 1  # the state of the one search is where the next looks for it
     assert list((root / "cache" / ".partial").iterdir()) == []
+
+
+def test_a_copy_of_a_file_does_not_take_its_results(
+    run: Run, lab: Lab, root: Path, tmp_path: Path
+) -> None:
+    succeeded(run("run", *GRAY, "--workspace", root, cwd=lab.root))
+    before = len(of_results(run, root))
+    copy, called_so = tmp_path / "deployed.onnx", tmp_path / "gray.onnx"
+    copy.write_bytes((root / "cache" / "gray.onnx").read_bytes())
+    attack = ("attack-device", "--uap", "cache/gray_eps4.pt", "--workspace", root)
+    refused = run(*attack, "--onnx", copy, cwd=lab.root)
+    assert refused.code == 2
+    assert "is the file that was measured here as gray: call it gray.onnx" in error_line(refused)
+    other = onnx.load(root / "cache" / "gray.onnx")
+    other.producer_name = "somebody"
+    onnx.save(other, called_so)
+    refused = run(*attack, "--onnx", called_so, cwd=lab.root)
+    assert refused.code == 2
+    assert "is called like your model gray" in error_line(refused)
+    assert len(of_results(run, root)) == before
+    # Under its own name it is what it was.
+    succeeded(run(*attack, "--onnx", root / "cache" / "gray.onnx", cwd=lab.root))
+    assert len(of_results(run, root)) == before
+
+
+def test_two_names_of_one_file_are_refused(run: Run, lab: Lab, root: Path, tmp_path: Path) -> None:
+    succeeded(run("export", *GRAY, "--workspace", root, cwd=lab.root))
+    files = [tmp_path / f"{name}.onnx" for name in "ab"]
+    for file in files:
+        file.write_bytes((root / "cache" / "gray.onnx").read_bytes())
+    onnx_options = [part for file in files for part in ("--onnx", file)]
+    attack = ("attack-device", *onnx_options, "--uap", "cache/random_eps4.pt")
+    refused = run(*attack, "--workspace", root, cwd=lab.root)
+    assert refused.code == 2
+    assert "two --onnx files are the same file" in error_line(refused)
+
+
+def test_what_was_crafted_on_other_weights_is_no_longer_that_models(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    for checkpoint, name in ((lab.root / "gray.pt", "whole"), (pruned, "half")):
+        succeeded(run("run", *own(checkpoint, name), "--workspace", root, cwd=lab.root))
+
+    def crossed() -> list[str]:
+        return [
+            row["uap_sha256"]
+            for row in of_results(run, root)
+            if (row["variant"], row["uap_source"], row["runtime"])
+            == ("whole", "half", "onnxruntime")
+        ]
+
+    (old,) = crossed()
+    state = torch.load(pruned)
+    state["head.bias"] += 0.5
+    torch.save(state, pruned)
+    attack = ("attack-device", *own(pruned, "half"), "--uap", "cache/random_eps16.pt")
+    succeeded(run(*attack, "--workspace", root, cwd=lab.root))
+    assert crossed() == []  # half is another model now; nothing was crafted on it yet
+    listed = succeeded(run("results", "--workspace", root, cwd=root))
+    assert "runs under perturbations crafted earlier (" in listed.err
+    used = ("attack-device", *own(lab.root / "gray.pt", "whole"), "--uap", "cache/half_eps16.pt")
+    told = succeeded(run(*used, "--workspace", root, cwd=lab.root))
+    assert "half_eps16.pt was crafted on another model than cache/half.onnx is of" in told.err
+    succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
+    (new,) = crossed()
+    assert new != old
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty"])
+def test_a_damaged_perturbation_is_made_again(run: Run, lab: Lab, root: Path, damage: str) -> None:
+    craft = ("craft", *GRAY, "--eps", "4", "--workspace", root)
+    succeeded(run(*craft, cwd=lab.root))
+    path = root / "cache" / "gray_eps4.pt"
+    before = path.read_bytes()
+    path.write_bytes(before[:-300] if damage == "cut" else b"")
+    told = succeeded(run(*craft, cwd=lab.root))
+    assert "crafting gray_eps4 again: UAP" in told.err
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_manifest_is_said_to_leave_a_model_out(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    succeeded(run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root))
+    (root / "cache" / "whole.json").write_text("")
+    told = succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
+    assert "whole was not crafted on with the present harness.toml, or is damaged" in told.err
+
+
+def test_the_same_convention_written_otherwise_is_the_same_model(
+    run: Run, lab: Lab, tmp_path: Path
+) -> None:
+    base = ("--factory", "user_nets:attention", "--checkpoint", "attention.pth")
+    where = ("--dataset", "colour.npz", "--workspace", tmp_path / "w")
+    short, long = ("--mean", "0.4", "--std", "0.1"), ("--mean", "0.4,0.4,0.4", "--std", "0.10")
+    succeeded(run("export", *base, *short, *where, cwd=lab.root))
+    again = succeeded(run("export", *base, *long, *where, cwd=lab.root))
+    assert "1 already built and still valid" in again.err
+
+
+def test_classes_in_another_order_are_told(run: Run, lab: Lab, root: Path, tmp_path: Path) -> None:
+    state = torch.load(lab.root / "gray.pt")
+    swapped = [0, 1, 2, 4, 3, 5, 6, 8, 7, 9]
+    for key in ("head.weight", "head.bias"):
+        state[key] = state[key][swapped]
+    torch.save(state, tmp_path / "swapped.pt")
+    options = own(tmp_path / "swapped.pt", "net")
+    told = succeeded(run("export", *options, "--workspace", root, cwd=lab.root))
+    (warning,) = [line for line in told.err.splitlines() if line.startswith("warning")]
+    assert "the classes are likely in another order" in warning
+    assert "logit 3 as 4, logit 4 as 3, logit 7 as 8, logit 8 as 7" in warning
+
+
+def test_evaluation_images_that_are_training_images_are_told(
+    run: Run, lab: Lab, tmp_path: Path
+) -> None:
+    with np.load(lab.root / "gray.npz") as data:
+        same = {key: data[key] for key in ("train_x", "train_y")}
+    np.savez(tmp_path / "same.npz", **same, test_x=same["train_x"], test_y=same["train_y"])
+    where = ("--dataset", tmp_path / "same.npz", "--workspace", tmp_path / "w")
+    told = succeeded(run("export", *GRAY, *where, cwd=lab.root))
+    assert "evaluation images are training images too" in told.err
+
+
+@pytest.mark.parametrize("package", ["export", "reports"])
+def test_a_module_called_like_ours_is_named(
+    run: Run, lab: Lab, tmp_path: Path, package: str
+) -> None:
+    where = ("--dataset", "gray.npz", "--workspace", tmp_path / "w")
+    refused = run("export", "--factory", f"{package}:make", *where, cwd=lab.root)
+    assert refused.code == 2
+    assert f"{package} is a package of the harness itself" in error_line(refused)
+
+
+def test_a_matrix_of_the_ten_variants_is_not_trained_for_a_model_of_their_own(
+    run: Run, lab: Lab, root: Path
+) -> None:
+    refused = run("attack-device", *GRAY, "--transfer", "4", "--workspace", root, cwd=lab.root)
+    assert refused.code == 2
+    assert "--transfer is of the ten variants" in error_line(refused)
+    assert not (root / "cache").exists()
+
+
+def test_a_folder_data_set_is_found_from_anywhere(run: Run, lab: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    done = run("init", "--dataset", "my photos", "--workspace", "w", cwd=tmp_path)
+    assert succeeded(done).code == 0
+    plan = run("plan", "--workspace", tmp_path / "w", "--json", cwd=lab.root)
+    assert json.loads(succeeded(plan).out)

@@ -21,7 +21,7 @@ from core_cases import (
 
 from harness.metrics import paired_difference, wilson
 from harness.records import ResultRow
-from harness.results import as_json, result_rows
+from harness.results import as_json, replaced_uaps, result_rows
 from harness.store import Store, open_store
 
 LABELS = (0, 1, 2, 3, 0, 1, 2, 3)
@@ -220,9 +220,31 @@ def test_processes_of_one_latency_measurement_are_summarised_together(store: Sto
 
 
 def test_uaps_that_differ_only_in_their_bytes_are_rows_of_their_own(store: Store) -> None:
-    store.add_uap(uap_record("u2", meta={}))
+    store.add_uap(uap_record("u2", meta={}, own=False))
     rows = plant(store, prediction_run(ATTACKED, uap="u"), prediction_run(CLEAN, uap="u2"))
     assert {r.uap_sha256 for r in rows} == {digest("u"), digest("u2")}
+
+
+def test_of_those_that_the_workspace_made_under_one_name_the_last_is_its_own(store: Store) -> None:
+    store.add_uap(uap_record("u2", meta={}))
+    rows = plant(store, prediction_run(ATTACKED, uap="u"), prediction_run(CLEAN, uap="u2"))
+    assert {r.uap_sha256 for r in rows} == {digest("u2")}
+    assert list(replaced_uaps(store)) == [digest("u")]
+    store.add_uap(uap_record("u"))  # made again as it was
+    assert list(replaced_uaps(store)) == [digest("u2")]
+    assert {r.uap_sha256 for r in result_rows(store)} == {digest("u")}
+
+
+@pytest.mark.parametrize(
+    ("now", "hidden"), [({}, False), ({"checkpoint_sha256": "a"}, False), ({"identity": "b"}, True)]
+)
+def test_what_was_crafted_on_another_model_than_its_source_is_now_is_not_shown(
+    store: Store, now: dict[str, str], hidden: bool
+) -> None:
+    store.add_uap(uap_record("u", source="q4", meta={"checkpoint_sha256": "a"}))
+    store.add_model(model_record("source", "q4", manifest={"metadata": now}))
+    rows = plant(store, prediction_run(ATTACKED, uap="u"))
+    assert (rows == []) == hidden
 
 
 def test_a_superseded_model_is_not_reported(store: Store) -> None:

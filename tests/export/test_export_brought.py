@@ -137,7 +137,7 @@ def test_products_are_counted_where_the_file_leaves_shapes_open(tmp_path, monkey
     assert exported.cost.macs == sum(macs)
     assert exported.cost.file_bytes == exported.path.stat().st_size
 
-    def only_any_batch(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
+    def only_any_batch(model: nn.Module, example: Tensor, any_batch: bool) -> brought.Written:
         if not any_batch:
             raise RuntimeError("no")
         return brought._traced(model, example, any_batch)
@@ -175,7 +175,7 @@ def test_a_branch_that_one_example_takes_is_not_the_function(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def wrong(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
+def wrong(model: nn.Module, example: Tensor, any_batch: bool) -> brought.Written:
     """An exporter that is off by little: 0.01 on the first logit."""
 
     class Off(nn.Module):
@@ -186,13 +186,13 @@ def wrong(model: nn.Module, example: Tensor, any_batch: bool) -> bytes:
     return brought._traced(Off(), example, any_batch)
 
 
-def crashing(_model: nn.Module, _example: Tensor, _any_batch: bool) -> bytes:
+def crashing(_model: nn.Module, _example: Tensor, _any_batch: bool) -> brought.Written:
     raise RuntimeError("no operator\nfor that")
 
 
 @pytest.mark.parametrize("first", [wrong, crashing])
 def test_the_first_file_that_is_the_function_is_taken(
-    first: Callable[..., bytes], tmp_path, monkeypatch
+    first: Callable[..., brought.Written], tmp_path, monkeypatch
 ):
     ways = (("first", first, None), ("second", brought._traced, None))
     monkeypatch.setattr(brought, "WAYS", ways)
@@ -296,3 +296,55 @@ def test_logits_and_class_names_must_be_as_many(tmp_path):
             classes=("a", "b", "c"),
             metadata={},
         )
+
+
+class Bright(Plain):
+    """Does something else to bright images, of which the data has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 2 if x.mean() > 200 else x)
+
+
+class Checked(Plain):
+    """A check that no image can fail: a decision all the same, as tracing sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.min() < 0:
+            raise ValueError("pixels below 0")
+        return super().forward(x)
+
+
+def dark() -> np.ndarray:
+    return images()[::2] // 2
+
+
+def test_a_branch_that_the_data_never_takes_is_found_by_images_unlike_it(tmp_path):
+    with pytest.raises(UsageError, match="TorchScript: not the same function, on images unlike"):
+        export(made(Bright), tmp_path / "net.onnx", calibration=dark())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decision_that_no_image_shows_is_named(tmp_path):
+    exported = export(made(Checked), tmp_path / "net.onnx", calibration=dark())
+    (decision,) = exported.manifest["decided_on_tensors"]
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+                if "if x.min() < 0" in text)  # fmt: skip
+    assert decision == f"test_export_brought.py:{line}"
+    assert export(made(Plain), tmp_path / "p.onnx").manifest["decided_on_tensors"] == []
+
+
+class FakeQuantised(Plain):
+    """Weights rounded on the way, as training with them does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.conv.weight.abs().max() / 7
+        weight = (self.conv.weight / scale).round().clamp(-7, 7) * scale
+        y = F.conv2d(x / 255, weight, self.conv.bias, stride=2, padding=1)
+        return self.head(self.norm(y).relu().view(x.shape[0], -1))
+
+
+def test_weights_that_are_computed_are_counted(tmp_path):
+    plain, rounded = (export(made(k), tmp_path / "n.onnx").cost for k in (Plain, FakeQuantised))
+    assert rounded.macs == plain.macs
+    # The exporter folds batch norm into stored weights alone: four values a channel are apart.
+    assert rounded.params == 6 * 27 + 6 + 6 * 6 * 5 * 4 + 4
