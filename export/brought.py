@@ -49,7 +49,7 @@ EXAMPLES = 2
 """Images that the exporters see: the size of a batch of one would pass for a constant."""
 MOST_COMPARED, MOST_ONE_BY_ONE = 512, 64
 """Images that are compared, in batches, and in batches of one, as they are deployed."""
-_DECISION = "to a Python boolean"
+_DECISION = re.compile("to a (Python (boolean|float|number|list)|NumPy array)")
 """In what tracing warns of where a value becomes a Python one that code can branch on."""
 _REASON = 160
 """Characters of what an exporter said."""
@@ -168,9 +168,20 @@ def _traced(model: nn.Module, example: Tensor, any_batch: bool) -> Written:
     decisions = dict.fromkeys(
         f"{Path(warning.filename).name}:{warning.lineno}"
         for warning in told
-        if _DECISION in str(warning.message)
+        if _DECISION.search(str(warning.message))
     )
+    if decisions and _hangs_on_shapes_only(model, example):
+        decisions = {}
     return Written(buffer.getvalue(), tuple(decisions))
+
+
+def _hangs_on_shapes_only(model: nn.Module, example: Tensor) -> bool:
+    """Whether no decision hangs on a value: to tracing a size is a value, too; capturing tells."""
+    try:
+        torch.export.export(model, (example,), strict=False)
+    except Exception:  # it refuses what hangs on a value, in many ways
+        return False
+    return True
 
 
 def _captured(model: nn.Module, example: Tensor, any_batch: bool) -> Written:

@@ -30,7 +30,10 @@ _FOLDABLE = frozenset(
 )  # fmt: skip
 """What may stand between a stored tensor and the operator that uses it: packing, and what
 fake-quantises weights."""
-_BROADCASTING = frozenset(("Add", "Div", "Max", "Min", "Mod", "Mul", "Pow", "Sub"))
+_BROADCASTING = frozenset(("Add", "Clip", "Div", "Max", "Min", "Mod", "Mul", "Pow", "Sub"))
+_PER_AXIS = ("DequantizeLinear", "QuantizeLinear")
+_NUMBERS = "biufc"
+"""Kinds of numpy types that are folded: texts grow in places that no count of bytes sees."""
 _MAX_FOLDED_ELEMENTS = 1 << 28
 """A table of a megabyte read at a million places is a small file and a tensor of terabytes."""
 _MAX_FOLDED_BYTES = 2 << 30
@@ -219,6 +222,8 @@ class Graph:
         if any(value is None for value in feeds.values()):
             return None
         known = [value for value in feeds.values() if value is not None]
+        if any(value.dtype.kind not in _NUMBERS and not _is_small_float(value) for value in known):
+            return None
         if known and _folded_elements(node, known) > _MAX_FOLDED_ELEMENTS:
             raise HarnessError(f"constant {name!r} of the ONNX file unpacks to too large a tensor")
         # The reference implementation has no DequantizeLinear older than opset 19; same meaning.
@@ -301,10 +306,15 @@ def _stored_array(name: str, tensor: onnx.TensorProto) -> Array:
     return array
 
 
+def _is_small_float(value: Array) -> bool:
+    """Numbers that numpy lacks, of `ml_dtypes`: bfloat16, 8-bit floats, 4-bit integers."""
+    return value.dtype.kind == "V" and value.dtype.names is None
+
+
 def _folded_elements(node: onnx.NodeProto, operands: list[Array]) -> int:
     """How many elements folding would make; 0 for operands that the operator will refuse."""
     first, *rest = operands
-    axis = Graph.attribute(node, "axis", 1 if node.op_type == "DequantizeLinear" else 0)
+    axis = Graph.attribute(node, "axis", 1 if node.op_type in _PER_AXIS else 0)
     along = first.shape[axis] if -first.ndim <= axis < first.ndim else 1
     if node.op_type == "Gather" and rest:
         return rest[0].size * (first.size // max(along, 1))
@@ -313,7 +323,7 @@ def _folded_elements(node: onnx.NodeProto, operands: list[Array]) -> int:
             return prod(np.broadcast_shapes(*(operand.shape for operand in operands)))
         except ValueError:
             return 0
-    if node.op_type == "DequantizeLinear" and rest and along == 1:
+    if node.op_type in _PER_AXIS and rest and along == 1:
         return first.size * rest[0].size
     return max(operand.size for operand in operands)
 

@@ -11,6 +11,7 @@ crafted on another model than its source is now.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -28,6 +29,7 @@ from harness.records import (
     UapRecord,
 )
 from harness.sampling import Indices, Merged, RunKey, by_machine, same_machine
+from harness.sources import is_ensemble, members
 from harness.store import Store
 
 
@@ -94,10 +96,20 @@ def replaced_uaps(store: Store) -> dict[str, str]:
         if name in newest:
             found[newest[name]] = uap.source
         newest[name] = sha256
-        known, own = crafted_on.get(uap.source), uap.meta.get("checkpoint_sha256")
+        known, own = _identity_of(uap.source, crafted_on), uap.meta.get("checkpoint_sha256")
         if known is not None and own is not None and known != own:
             found[sha256] = uap.source
     return found
+
+
+def _identity_of(source: str, known: Mapping[str, object]) -> object:
+    """Of the models a source is now, as `harness.pipeline.uap_files` has it; None: not known."""
+    if not is_ensemble(source):
+        return known.get(source)
+    identities = [known.get(member) for member in members(source)]
+    if not all(isinstance(identity, str) for identity in identities):
+        return None
+    return hashlib.sha256(" ".join(map(str, identities)).encode()).hexdigest()
 
 
 def _identity(model: ModelRecord) -> object:

@@ -209,7 +209,7 @@ def _most_accurate(view: View, chosen: Rated, points: list[Rated]) -> Rated:
     level = paired(view, [(a, b) for a, b in pairs if a is not None and b is not None])
     cleans = [(v.clean, base) for v, _, _ in same]
     better = paired(view, [(a, b) for a, b in cleans if a is not None and b is not None])
-    if base is None or len(better) < len(same):
+    if base is None or not len(level) == len(better) == len(same):
         return chosen
     shown = [
         p

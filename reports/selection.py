@@ -40,6 +40,8 @@ from reports.subject import (
 from reports.view import DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
 
+BUDGET_KEYS = ("epochs", "batch_size", "step", "beta", "momentum", "passes")
+"""Of an attack's settings. Train mode, as the authors had it for some, is no other budget."""
 DEPLOYED = "onnxruntime"
 
 
@@ -261,18 +263,15 @@ def _outdated(variants: tuple[VariantView, ...]) -> tuple[str, ...]:
 def _crafted_otherwise(
     variants: tuple[VariantView, ...], uaps: dict[str, UapRecord]
 ) -> tuple[str, ...]:
-    """Where the models' own perturbations had not the same budget of gradients to be crafted with.
-
-    The authors' protocol crafts on some in train mode; that is no other budget.
-    """
+    """Where the models' own perturbations were not crafted with the same budget of gradients."""
     groups: dict[str, list[str]] = {}
     for variant in variants:
         own = uaps.get((variant.white_box.uap_sha256 or "") if variant.white_box else "")
         settings = own.meta.get("settings") if own is not None else None
         if own is not None and isinstance(settings, dict):
-            kept = {k: v for k, v in settings.items() if k != "batch_statistics"}
-            budget = json.dumps([kept, own.meta.get("images")], sort_keys=True, default=str)
-            groups.setdefault(budget, []).append(variant.label)
+            kept = [settings.get(key) for key in BUDGET_KEYS]
+            kept += [settings.get("restarts", 1), own.meta.get("images")]
+            groups.setdefault(json.dumps(kept, default=str), []).append(variant.label)
     if len(groups) < 2:
         return ()
     named = "; ".join(listed(labels) for labels in groups.values())

@@ -128,7 +128,7 @@ def _reach(view: View) -> list[str]:
     if sizes is not None:
         images = f"the images that both were given ({span(*sizes)} a model)"
     said = _no_better_than_a_guess(view)
-    n = len(view.evaluation.labels)
+    n = len(view.evaluation.labels) if sizes is None else min(sizes)
     if n < FEW_IMAGES:
         said.append(
             f"These are {n} images: a rate is known to about \u00b1{98 / math.sqrt(n):.0f} points."

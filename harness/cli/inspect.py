@@ -104,11 +104,11 @@ def results(root: Path, models: tuple[str, ...], runtime: str | None, as_json: b
     with open_store(workspace.results, create=False) as store:
         rows = result_rows(store)
         derived = rows_of(store, rows)
-        hidden, replaced = superseded(store), replaced_uaps(store)
+        hidden, replaced, current = superseded(store), replaced_uaps(store), store.models()
         kept_uaps = Counter(
             replaced[stored.run.uap_sha256]
             for stored in store.predictions()
-            if stored.run.uap_sha256 in replaced
+            if stored.run.uap_sha256 in replaced and stored.run.model_sha256 in current
         )
     if not rows and not as_json:
         raise HarnessError(f"{workspace.results} has no results yet: run `harness run` first")

@@ -52,7 +52,9 @@ def earlier_models(context: Context, *, but: str) -> list[Earlier]:
         if path.stem == but or path.stem.removesuffix("_compat") in DEPLOYABLE:
             continue
         manifest = brought_manifest(path)
-        if manifest is None:  # damaged, or a file that the user put there
+        if manifest is None and not path.with_suffix(".json").exists():
+            continue  # a file that the user put there
+        if manifest is None:
             found.append(Earlier(path.stem, "PKG:FN", usable=False))
             continue
         metadata = manifest["metadata"]

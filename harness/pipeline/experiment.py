@@ -11,7 +11,7 @@ from typing import Literal
 from devices.local import LocalDevice
 from devices.model_file import check_model_file
 from devices.session import Device
-from harness.crafting.perturbation import Perturbation, load_perturbation
+from harness.crafting.perturbation import load_perturbation
 from harness.models.checkpoint import load_checkpoint
 from harness.pipeline.brought import Brought, brought_tasks
 from harness.pipeline.brought_export import brought_export_task
@@ -21,6 +21,7 @@ from harness.pipeline.context import Context
 from harness.pipeline.evaluation import (
     Victim,
     budget_for,
+    crafted_on_another,
     evaluate_task,
     load_attack,
     register,
@@ -192,7 +193,12 @@ def attack_tasks(
     for name, path in located:
         if name is None:
             attack = load_attack(context, path)  # bad input is refused before anything is built
-            _say_if_of_another(context, path, attack.perturbation)
+            if crafted_on_another(context, attack.perturbation):
+                context.reporter.note(
+                    f"{path} was crafted on another model than cache/{attack.perturbation.source}"
+                    f".onnx is of: rows call it {attack.record.source!r}; harness craft --factory "
+                    "makes it anew"
+                )
     stems = [*(path.stem for path in onnx_files), *([own] if own is not None else [])]
     if len(set(stems)) < len(stems):
         raise UsageError("two models have the same name: rename one, so that rows stay apart")
@@ -207,7 +213,7 @@ def attack_tasks(
     tasks = train_tasks(context, [*variants, *sources])
     tasks += export_tasks(context, variants) + craft_tasks(context, names)
     victims = [variant_victim(context, name) for name in variants]
-    victims += [Victim(path.stem, path, None) for path in onnx_files]
+    victims += [_file_victim(context, path) for path in onnx_files]
     paths = [path for _, path in located]
     images = context.config.eval.device_images if device_images is None else device_images
     if brought is not None:
@@ -265,15 +271,11 @@ def locate_uap(
     )
 
 
-def _say_if_of_another(context: Context, path: Path, perturbation: Perturbation) -> None:
-    """A perturbation of one's own model that has been exported anew since: used, and said to be."""
-    manifest = brought_manifest(context.workspace.onnx(perturbation.source))
-    of = perturbation.meta.get("checkpoint_sha256")
-    if manifest is not None and of is not None and manifest["metadata"]["identity"] != of:
-        context.reporter.note(
-            f"{path} was crafted on another model than cache/{perturbation.source}.onnx is of: "
-            "rows will not call it that model's; harness craft --factory makes it anew"
-        )
+def _file_victim(context: Context, path: Path) -> Victim:
+    """A file as a victim; one that was exported here from a user's code stays what it is."""
+    exported = context.workspace.onnx(path.stem)
+    here = path.resolve() == exported.resolve() and brought_manifest(exported) is not None
+    return Victim(path.stem, path, None, of_code=here)
 
 
 def _foreign(path: Path) -> bool:

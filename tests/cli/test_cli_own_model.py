@@ -551,3 +551,63 @@ def test_a_folder_data_set_is_found_from_anywhere(run: Run, lab: Lab, tmp_path: 
     assert succeeded(done).code == 0
     plan = run("plan", "--workspace", tmp_path / "w", "--json", cwd=lab.root)
     assert json.loads(succeeded(plan).out)
+
+
+def test_its_own_file_named_by_onnx_stays_what_it_is(run: Run, lab: Lab, root: Path) -> None:
+    succeeded(run("run", *GRAY, "--workspace", root, cwd=lab.root))
+
+    def record() -> dict[str, Any]:
+        with open_store(root / "results.db") as store:
+            (model,) = store.models().values()
+        return model.manifest
+
+    before = record()
+    assert before["metadata"]["identity"]
+    attack = ("attack-device", "--onnx", root / "cache" / "gray.onnx", "--uap")
+    succeeded(run(*attack, "cache/gray_eps4.pt", "--workspace", root, cwd=lab.root))
+    assert record() == before
+
+
+def test_a_saved_copy_of_a_perturbation_is_somebodys_file(run: Run, lab: Lab, root: Path) -> None:
+    craft = ("craft", *GRAY, "--eps", "4", "--workspace", root)
+    succeeded(run(*craft, cwd=lab.root))
+    cache = root / "cache"
+    (cache / "kept.pt").write_bytes((cache / "gray_eps4.pt").read_bytes())
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("epochs = 3", "epochs = 2"))
+    uaps = ("--uap", "cache/gray_eps4.pt", "--uap", "cache/kept.pt")
+    for order in (uaps, uaps[2:] + uaps[:2]):
+        attack = ("attack-device", *GRAY, *order, "--json", "--workspace", root)
+        rows = json.loads(succeeded(run(*attack, cwd=lab.root)).out)
+        assert len({row["uap_sha256"] for row in rows if row["uap_source"] == "gray"}) == 2
+
+
+def test_a_perturbation_of_earlier_weights_is_shown_as_one(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    succeeded(run("run", *own(lab.root / "gray.pt", "net"), "--workspace", root, cwd=lab.root))
+    succeeded(run("export", *own(pruned, "net"), "--workspace", root, cwd=lab.root))
+    attack = ("attack-device", *own(lab.root / "gray.pt", "whole"), "--uap", "cache/net_eps16.pt")
+    done = succeeded(run(*attack, "--json", "--workspace", root, cwd=lab.root))
+    sources = {row["uap_source"] for row in json.loads(done.out)}
+    assert sources == {None, "net (earlier)"}
+
+
+def test_what_is_kept_and_not_shown_is_counted_once(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    uap = ("--uap", "cache/net_eps4.pt", "--workspace", root)
+    for checkpoint in (lab.root / "gray.pt", pruned):
+        succeeded(run("attack-device", *own(checkpoint, "net"), *uap, cwd=lab.root))
+    told = succeeded(run("results", "--workspace", root, cwd=root)).err
+    assert told == "Kept and not shown: runs on files exported earlier (4 of net)\n"
+
+
+def test_a_file_that_the_user_keeps_in_the_cache_is_no_model_left_out(
+    run: Run, lab: Lab, root: Path
+) -> None:
+    succeeded(run("export", *GRAY, "--workspace", root, cwd=lab.root))
+    cache = root / "cache"
+    (cache / "mine.onnx").write_bytes((cache / "gray.onnx").read_bytes())
+    told = succeeded(run("run", *GRAY, "--workspace", root, cwd=lab.root))
+    assert "left out" not in told.err

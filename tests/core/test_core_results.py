@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from core_cases import (
 )
 
 from harness.metrics import paired_difference, wilson
-from harness.records import ResultRow
+from harness.records import PAPER_ORDER, ResultRow
 from harness.results import as_json, replaced_uaps, result_rows
 from harness.store import Store, open_store
 
@@ -345,3 +346,17 @@ def test_pytorch_on_a_part_corrects_nothing(store: Store) -> None:
     )
     on_device = next(r for r in rows if r.device == "rpi4")
     assert (on_device.torch_agreement, on_device.uer_corrected) == (1.0, None)
+
+
+def test_a_perturbation_of_the_fleet_is_of_the_models_that_the_fleet_is_now(store: Store) -> None:
+    store.add_model(model_record("victim", "my_model", manifest={}))
+    of = {name: digest(f"checkpoint of {name}") for name in PAPER_ORDER}
+    for name, checkpoint in of.items():
+        metadata = {"checkpoint_sha256": checkpoint}
+        store.add_model(model_record(name, name, manifest={"metadata": metadata}))
+    together = hashlib.sha256(" ".join(of.values()).encode()).hexdigest()
+    store.add_uap(uap_record("u", source="fleet", meta={"checkpoint_sha256": together}))
+    assert replaced_uaps(store) == {}
+    sfp = model_record("sfp again", "sfp", manifest={"metadata": {"checkpoint_sha256": "another"}})
+    store.add_model(sfp)
+    assert replaced_uaps(store) == {digest("u"): "fleet"}

@@ -16,6 +16,7 @@ from export.cost import cost_card, uncounted_operators
 from export.float_graph import float_graph
 from export.graph import serialise
 from export.integer_graph import integer_graph
+from export.onnx_reader import Graph
 from export.slim import slim
 from harness.models.folded import FoldedResNet, fold
 from harness.records import CostCard, HarnessError
@@ -279,3 +280,22 @@ def test_the_mean_is_no_parameter() -> None:
     layer = card_of(fold(trained(width=4))).layers[0]
     assert len(MEAN_255) == 3
     assert layer["params"] == 4 * 27 + 4
+
+
+def test_texts_are_not_folded_they_grow_where_no_count_of_bytes_sees_it() -> None:
+    nodes = [helper.make_node("Add", [f"s{i}", f"s{i}"], [f"s{i + 1}"]) for i in range(60)]
+    nodes.append(helper.make_node("Conv", ["x", "w"], ["y"]))
+    model = onnx.load_model_from_string(foreign(nodes, ONE_BY_ONE))
+    model.graph.initializer.append(helper.make_tensor("s0", TensorProto.STRING, [1], [b"abcd"]))
+    graph = Graph.inspect(model)
+    assert graph.constant("s60") is None
+
+
+@pytest.mark.parametrize("op", ["Clip", "Add", "QuantizeLinear"])
+def test_a_tensor_that_would_be_huge_is_not_made(op: str) -> None:
+    wide = {"a": floats(200_000, 1), "b": floats(200_000)}
+    inputs = ["a", "b", "b"] if op == "Clip" else ["a", "b"]
+    nodes = [helper.make_node(op, inputs, ["w"]), helper.make_node("Conv", ["x", "w"], ["y"])]
+    model = onnx.load_model_from_string(foreign(nodes, wide))
+    with pytest.raises(HarnessError, match="too large a tensor"):
+        Graph.inspect(model).value("w")

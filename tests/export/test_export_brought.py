@@ -348,3 +348,30 @@ def test_weights_that_are_computed_are_counted(tmp_path):
     assert rounded.macs == plain.macs
     # The exporter folds batch norm into stored weights alone: four values a channel are apart.
     assert rounded.params == 6 * 27 + 6 + 6 * 6 * 5 * 4 + 4
+
+
+class ShapeChecked(Plain):
+    """Decides on sizes alone, which no image changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 3:
+            raise ValueError("three channels")
+        return super().forward(x)
+
+
+class Itemised(Plain):
+    """Decides on a number taken out of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if x.mean().item() > 254 else x)
+
+
+def test_a_decision_on_sizes_is_none(tmp_path):
+    exported = export(made(ShapeChecked), tmp_path / "net.onnx")
+    assert exported.manifest["decided_on_tensors"] == []
+    assert (exported.manifest["exporter"], exported.cost.opset) == ("TorchScript", brought.OPSET)
+
+
+def test_a_number_taken_out_of_a_tensor_is_a_decision(tmp_path):
+    exported = export(made(Itemised), tmp_path / "net.onnx")
+    assert len(exported.manifest["decided_on_tensors"]) == 1
