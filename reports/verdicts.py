@@ -6,8 +6,6 @@ claimed only where a paired test shows one; otherwise it says so.
 
 from __future__ import annotations
 
-import math
-
 from harness.seeds import METHOD
 from reports import advice
 from reports.estimates import sample_sizes
@@ -17,8 +15,8 @@ from reports.masking import Group, Sentence, masking_group
 from reports.view import View
 from reports.words import interval, label_of, listed, p_value, percent, points, span
 
-FEW_IMAGES = 400
-"""Below, a rate near one half is not known to five points."""
+WIDE = 0.05
+"""Half of an interval that a reader should be told of."""
 
 
 def conclusions(view: View) -> list[Group]:
@@ -122,16 +120,25 @@ def _no_better_than_a_guess(view: View) -> list[str]:
     ]
 
 
+def _half_width(view: View) -> float:
+    """Of the widest 95 % interval among the worst error rates; 0 where there is none."""
+    widths = [
+        row.uer_high - row.uer_low
+        for v in view.variants
+        if (row := v.worst) is not None and row.uer_high is not None and row.uer_low is not None
+    ]
+    return max(widths, default=0.0) / 2
+
+
 def _reach(view: View) -> list[str]:
     sizes = sample_sizes(view)
     images = f"these {len(view.evaluation.labels):,} images"
     if sizes is not None:
         images = f"the images that both were given ({span(*sizes)} a model)"
     said = _no_better_than_a_guess(view)
-    n = len(view.evaluation.labels) if sizes is None else min(sizes)
-    if n < FEW_IMAGES:
+    if (half := _half_width(view)) > WIDE:
         said.append(
-            f"These are {n} images: a rate is known to about \u00b1{98 / math.sqrt(n):.0f} points."
+            f"Error rates here are known to about \u00b1{100 * half:.0f} points, no better."
         )
     said += [
         "Each variant is one file from one training seed: the tests above speak about these files"

@@ -155,3 +155,11 @@ def test_the_legend_names_the_line_that_is_drawn(tmp_path):
         assert ("line-full", "zeta, white-box") in panels.curves(view).keys
         alone = view.__class__(**{**vars(view), "variants": view.variants[:1], "memo": {}})
     assert not [key for key, _ in panels.curves(alone).keys if key == "line-full"]
+
+
+def test_wide_intervals_are_said_in_words(tmp_path):
+    with store_of(tmp_path) as store:
+        (reach,) = [g for g in verdicts.conclusions(build_view(store)) if g.anchor == "reach"]
+    said = " ".join(sentence.text for sentence in reach.sentences)
+    width = 100 * 1.96 * (0.5 * 0.5 / synthetic.N) ** 0.5
+    assert (f"about \u00b1{width:.0f} points only" in said) == (width > 5)
