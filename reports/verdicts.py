@@ -137,9 +137,7 @@ def _reach(view: View) -> list[str]:
         images = f"the images that both were given ({span(*sizes)} a model)"
     said = _no_better_than_a_guess(view)
     if (half := _half_width(view)) > WIDE:
-        said.append(
-            f"Error rates here are known to about \u00b1{100 * half:.0f} points, no better."
-        )
+        said.append(f"Error rates here are known to about \u00b1{100 * half:.0f} points only.")
     said += [
         "Each variant is one file from one training seed: the tests above speak about these files"
         f" on {images}, not about the compression methods. A claim about a method needs"
