@@ -36,6 +36,7 @@ from reports.subject import (
     headline_device,
     in_headline,
     is_search,
+    over_what_all_met,
 )
 from reports.view import DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
@@ -107,6 +108,7 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
         )
         for place in devices
     }
+    by_device = {place: over_what_all_met(variants) for place, variants in by_device.items()}
     base = choose_baseline(store, by_device[chosen], baseline)
     by_device = {
         place: tuple(sorted(variants, key=lambda v: v.name != base))
@@ -131,6 +133,7 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
             *_notes(deployed, on_set, [*kept, *free], seeds, here),
             *_outdated(by_device[chosen]),
             *_crafted_otherwise(by_device[chosen], uaps),
+            *_not_met_by_all(by_device[chosen]),
         ),
     )
 
@@ -257,6 +260,20 @@ def _outdated(variants: tuple[VariantView, ...]) -> tuple[str, ...]:
         for d in DERIVED
         if None not in (made_from.get(d.name), made_from.get(d.parent))
         and made_from[d.name] != made_from[d.parent]
+    )
+
+
+def _not_met_by_all(variants: tuple[VariantView, ...]) -> tuple[str, ...]:
+    """Which perturbations count in no worst case, because not every model faced them."""
+    met = next((v.met_by_all for v in variants if v.met_by_all is not None), None)
+    if met is None:
+        return ()
+    others = {source for v in variants for source in v.attacked if source != v.name} - met
+    if not others:
+        return ()
+    return (
+        "Worst cases are over the perturbations that every model faced, and its own: not over"
+        f" {listed([label_of(source) for source in sorted(others)])}.",
     )
 
 

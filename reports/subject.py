@@ -6,6 +6,7 @@ Enters: result rows. Leaves: the choice; `reports.selection` gathers what belong
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from harness.records import CONTROLS, DEPLOYABLE, ResultRow, UsageError
 from harness.store import Store
@@ -108,3 +109,16 @@ def choose_baseline(store: Store, variants: tuple[VariantView, ...], wanted: str
     if any(name in DEPLOYABLE for name in names):
         return "full"
     return next((name for name in store.first_measured() if name in names), "full")
+
+
+def over_what_all_met(variants: tuple[VariantView, ...]) -> tuple[VariantView, ...]:
+    """The same models, with worst cases that compare where they are the user's own.
+
+    One more perturbation on one of them must not set it apart. The experiment's variants meet what
+    the experiment has; where they do not, that is said of them.
+    """
+    judged = [v for v in variants if v.white_box is not None]
+    if len(judged) < 2 or any(v.name in DEPLOYABLE for v in variants):
+        return variants
+    met = frozenset.intersection(*(frozenset(v.attacked) for v in judged))
+    return tuple(replace(v, met_by_all=met) for v in variants)

@@ -66,6 +66,9 @@ class VariantView:
     searches: tuple[ResultRow, ...] = ()
     """Under perturbations crafted on itself without gradients, by eps."""
     reference_eps: float | None = None
+    met_by_all: frozenset[str] | None = None
+    """Sources that every model faced, where the worst case is over those and its own; None: over
+    all that it faced."""
 
     @property
     def label(self) -> str:
@@ -104,7 +107,13 @@ class VariantView:
         budgets = {row.eps for row in self.attacked.values()}
         apart = [row for eps, row in self.left_out.items() if eps in budgets]
         apart += [] if self.gradient_free is None else [self.gradient_free]
-        return max([*self.attacked.values(), *apart], key=_uer, default=None)
+        met = self.met_by_all
+        faced = [
+            row
+            for source, row in self.attacked.items()
+            if met is None or source in met or source == self.name
+        ]
+        return max([*faced, *apart], key=_uer, default=None)
 
     @property
     def mean_tsr(self) -> float | None:
@@ -179,6 +188,8 @@ class View:
             return False
         if variant.attacked.keys() == base.attacked.keys():
             return bool(variant.attacked)
+        if variant.met_by_all is not None:
+            return variant.white_box is not None and base.white_box is not None
         own = variant.white_box is not None and base.white_box is not None
         return own and len(variant.attacked) == len(base.attacked)
 

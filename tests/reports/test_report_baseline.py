@@ -169,3 +169,35 @@ def test_wide_intervals_are_said_in_words(tmp_path, monkeypatch):
     assert "are known to about" not in reach()
     monkeypatch.setattr(verdicts, "WIDE", points / 100 - 0.001)
     assert f"Error rates here are known to about \u00b1{points:.0f} points only." in reach()
+
+
+def test_one_more_perturbation_on_one_model_sets_nobody_apart(tmp_path):
+    with store_of(tmp_path) as store:
+        before = headline(build_view(store))
+        planter = synthetic.Planter(store, synthetic.evaluation_set())
+        more = uap("from elsewhere", 10.0)
+        store.add_uap(more)
+        store.add_prediction_runs([planter.run("mid", more, planter.erring(0.99, "more"))])
+        view = build_view(store)
+    assert view.set_apart == []
+    assert headline(view) == before
+    assert view.variants[2].worst.uer == pytest.approx(0.8)
+    assert any("not over from elsewhere" in note for note in view.notes)
+    sources = heat.heat_map(view, 10.0).sources
+    assert "from elsewhere" in sources  # it is shown, where it was applied
+
+
+def test_a_model_that_did_not_meet_another_is_compared_on_what_both_met(tmp_path):
+    with store_of(tmp_path) as store:
+        planter = synthetic.Planter(store, synthetic.evaluation_set())
+        late = synthetic.model("full", sha256=synthetic.sha("model", "late"), variant="late")
+        store.add_model(late)
+        own = uap("late", 10.0)
+        store.add_uap(own)
+        runs = [planter.run("late", None, planter.erring(0.02, "late"))]
+        runs.append(planter.run("late", own, planter.erring(0.3, "late", "own")))
+        runs.append(planter.run("late", uap("zeta", 10.0), planter.erring(0.2, "late", "zeta")))
+        store.add_prediction_runs(runs)
+        view = build_view(store)
+    assert view.set_apart == []
+    assert headline(view).startswith("late and alpha survive better than zeta")
