@@ -86,12 +86,14 @@ def export_brought(
     properties = {"origin": sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()}
     deployed = _Deployed(model).eval()
     refusals: dict[str, str] = {}
+    decisions: tuple[str, ...] = ()
     doubtful: Callable[[], Exported] | None = None
     examples = torch.from_numpy(np.resize(images, (EXAMPLES, *images.shape[1:])))
     for name, write, batch in WAYS:
         try:
             with _quietly():
                 written = write(deployed, examples[:batch], batch is None)
+            decisions = decisions or written.decisions
             content = _tidied(written.content, properties)
             agreement = _compared(content, model, images, batch)
             cost = _counted(content, partial(write, deployed, examples[:1], False), images)
@@ -124,8 +126,13 @@ def export_brought(
     if doubtful is not None:
         return doubtful()
     said = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    if decisions:
+        said = (
+            f"its code decides in Python on tensors ({', '.join(decisions)}), and a file has one "
+            f"side of a branch: write torch.where; {said}"
+        )
     raise UsageError(
-        f"export of {out.stem} refused, nothing written: {said} (a file of your own making can be "
+        f"export of {out.stem} refused, no file written: {said} (a file of your own making can be "
         "attacked with --onnx)"
     )
 
@@ -249,9 +256,12 @@ def _compared(content: bytes, model: nn.Module, images: Images, batch: int | Non
 
 
 def _unlike(images: Images) -> tuple[Images, ...]:
-    """Brighter, darker, inverted, noise: what takes another side of a branch than the data does."""
-    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
-    return (128 + images // 2, images // 2, 255 - images, noise)
+    """Brighter, darker, inverted, noise, colours: another side of a branch than the data takes."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, images.shape, dtype=np.uint8)
+    colours = rng.integers(0, 256, (*images.shape[:2], 1, 1), dtype=np.uint8)
+    flat = np.ascontiguousarray(np.broadcast_to(colours, images.shape))
+    return (128 + images // 2, images // 2, 255 - images, noise, flat)
 
 
 def _counted(content: bytes, again: Callable[[], Written], images: Images) -> CostCard:

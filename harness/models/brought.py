@@ -273,13 +273,15 @@ class Blamed(nn.Module):
     `theirs` is not: it changes what the whole process prints and warns of.
     """
 
-    def __init__(self, model: nn.Module, doing: str) -> None:
+    def __init__(self, model: nn.Module, doing: str, *, alone: bool = False) -> None:
         super().__init__()
         self.model, self.doing = model, doing
+        self.alone = alone  # one image a call
 
     def forward(self, pixels: Tensor) -> Tensor:
         try:
-            logits: Tensor = self.model(pixels)
+            parts = pixels.split(1) if self.alone else (pixels,)
+            logits = torch.cat([self.model(part) for part in parts])
         except Exception as error:
             raise _blamed(self.doing, error) from None
         return logits

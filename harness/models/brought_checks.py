@@ -119,7 +119,8 @@ def _check_gradient(model: BroughtModel, pixels: Tensor, *, what: str, doing: st
     if gradient is None or not bool(gradient.any()):
         raise UsageError(
             f"{what}: no gradient reaches the input of its model (no_grad, detach, argmax or "
-            "rounding in its forward?), and the attack needs one"
+            "rounding in its forward; or images read otherwise than it was trained to, see --mean, "
+            "--std and --input-range), and the attack needs one"
         )
     if not bool(torch.isfinite(gradient).all()):
         raise UsageError(f"{what}: the gradient of its model is not finite")

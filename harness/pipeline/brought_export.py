@@ -8,6 +8,7 @@ on the same model, can be used again without running their code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from export.brought import export_brought
 from export.exporter import Exported
@@ -40,31 +41,48 @@ class Earlier:
     """A model that was brought, exported and crafted on in this workspace before."""
 
     name: str
-    factory: str
-    usable: bool
-    """Its file and its perturbations are of one model, and of the present configuration."""
+    lacks: str
+    """Why it cannot be met now; empty where it can."""
+    command: str
+    """What measures it anew, but for its checkpoint."""
 
 
 def earlier_models(context: Context, *, but: str) -> list[Earlier]:
-    """Every model that was brought here before, others than `but`; of a damaged one the name."""
+    """Every model that was brought here before, others than `but`."""
     found = []
     for path in sorted(context.workspace.cache.glob("*.onnx")):
-        if path.stem == but or path.stem.removesuffix("_compat") in DEPLOYABLE:
+        name = path.stem
+        if name == but or name.removesuffix("_compat") in DEPLOYABLE:
             continue
         manifest = brought_manifest(path)
-        if manifest is None and not path.with_suffix(".json").exists():
-            continue  # a file that the user put there
-        if manifest is None:
-            found.append(Earlier(path.stem, "PKG:FN", usable=False))
-            continue
-        metadata = manifest["metadata"]
-        identity, labels = metadata["identity"], _labels_of(metadata)
-        names = transfer_names(context, path.stem)
-        usable = metadata["key"] == _key(context, identity, labels) and all(
-            crafted_on(context, name) == identity for name in names
-        )
-        found.append(Earlier(path.stem, metadata["factory"], usable))
+        if manifest is not None:
+            metadata = manifest["metadata"]
+            options = f"--factory {metadata['factory']} {metadata.get('convention', '')}".strip()
+            lacks = _lacks(context, path, metadata)
+            found.append(Earlier(name, lacks, f"harness run {options} --name {name}"))
+        elif path.with_suffix(".json").exists():  # else a file that the user put there
+            command = f"harness run --factory PKG:FN --name {name}"
+            found.append(Earlier(name, "its file, or the manifest beside it, is damaged", command))
     return found
+
+
+def _lacks(context: Context, path: Path, metadata: dict[str, str]) -> str:
+    """What keeps a model from being met: another one, other settings, other images than now."""
+    identity, names = metadata["identity"], transfer_names(context, path.stem)
+    if metadata["key"] != _key(context, identity, _labels_of(metadata)) or any(
+        crafted_on(context, name) != identity for name in names
+    ):
+        return "it was exported, or crafted on, with other settings, images or weights than now"
+    uaps = {context.sha256(context.workspace.uap(name)) for name in names}
+    if not context.workspace.results.exists():
+        return "it was not measured yet"
+    with context.open_store() as store:
+        runs = store.predictions_of(
+            model_sha256=context.sha256(path),
+            evaluation_sha256=context.data.digests["evaluation"],
+        )
+        measured = {stored.run.uap_sha256 for stored in runs}
+    return "" if uaps <= measured else "it was not measured on the present evaluation images"
 
 
 def _key(context: Context, identity: str, labels: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from harness.pipeline.brought import Brought, brought_tasks
 from harness.pipeline.brought_export import brought_export_task, earlier_models
 from harness.pipeline.context import Context
 from harness.pipeline.evaluation import Victim, budget_for, evaluate_task
+from harness.pipeline.exports import brought_manifest
 from harness.pipeline.latency import latency_task
 from harness.pipeline.tasks import Task, note
 from harness.pipeline.uap_names import (
@@ -31,12 +32,15 @@ def brought_victim(brought: Brought) -> Victim:
     """The model as it is attacked: the file that was exported from it, PyTorch beside it."""
     recipe = brought.recipe
     doing = f"--factory {recipe.factory}: evaluating its model"
-    return Victim(
-        recipe.name,
-        brought.context.workspace.onnx(recipe.name),
-        reference=lambda: Blamed(brought.model, doing),
-        of_code=True,
-    )
+    path = brought.context.workspace.onnx(recipe.name)
+
+    def reference() -> Blamed:
+        manifest = brought_manifest(path)
+        # A file that takes one image at a time has the model that is given one at a time.
+        alone = manifest is not None and manifest["batch"] == 1
+        return Blamed(brought.model, doing, alone=alone)
+
+    return Victim(recipe.name, path, reference=reference, of_code=True)
 
 
 def brought_uap_names(brought: Brought) -> list[UapName]:
@@ -93,11 +97,10 @@ def _others(brought: Brought) -> list[str]:
     context: Context = brought.context
     models = earlier_models(context, but=brought.recipe.name)
     for model in models:
-        if not model.usable:
+        if model.lacks:
             note(
                 context.reporter,
-                f"{model.name} was not crafted on with the present harness.toml, or is damaged or "
-                "another file than then: left out here; to have it beside the others: harness run "
-                f"--factory {model.factory} --name {model.name} (with its checkpoint)",
+                f"{model.name} does not meet this model, {model.lacks}; to have them meet, with "
+                f"its checkpoint: {model.command}",
             )
-    return [model.name for model in models if model.usable]
+    return [model.name for model in models if not model.lacks]

@@ -17,21 +17,20 @@ import torch
 from torch import nn
 
 from devices.session import Device
-from harness.crafting.perturbation import Perturbation, check_fits, load_perturbation, uap_record
 from harness.inference import predict, torch_machine
+from harness.pipeline.attacks import Attack, load_attack
 from harness.pipeline.context import (
     CPU_THREADS,
     MAX_EVALUATIONS,
     Context,
     use_cpu_threads,
 )
-from harness.pipeline.exports import brought_manifest, model_record
+from harness.pipeline.exports import model_record
 from harness.pipeline.on_device import Sample, sample_on_device
 from harness.pipeline.tasks import FORWARDS_PER_SECOND, Progress, Task
-from harness.records import ModelRecord, PredictionRun, UapRecord
+from harness.records import ModelRecord, PredictionRun
 from harness.sampling import Budget, RunKey, by_machine, sample_order
 from harness.store import Store
-from harness.workspace import parse_uap_name
 
 DEVICE_COST = 0.5
 """Of onnxruntime's forward pass on one core, in PyTorch's."""
@@ -48,48 +47,6 @@ class Victim:
     [0, 255] -> logits. None: there is none at hand."""
     of_code: bool = False
     """Exported here from a user's own code; its manifest says so."""
-
-
-@dataclass(frozen=True)
-class Attack:
-    """A perturbation with its file's identity."""
-
-    perturbation: Perturbation
-    record: UapRecord
-
-
-def load_attack(context: Context, path: Path) -> Attack:
-    """Read a UAP file and check that it fits this workspace.
-
-    Raises:
-        UsageError: unreadable, damaged, over budget, or made for other images.
-    """
-    perturbation = load_perturbation(path)
-    check_fits(
-        perturbation,
-        path,
-        dataset=context.data.name,
-        image_shape=context.image_shape,
-        classes=len(context.data.classes),
-    )
-    record = uap_record(path, perturbation, own=_is_own(context, path, perturbation))
-    if crafted_on_another(context, perturbation):
-        record = replace(record, own=False, source=f"{record.source} (earlier)")
-    return Attack(perturbation, record)
-
-
-def _is_own(context: Context, path: Path, perturbation: Perturbation) -> bool:
-    """Whether the workspace made it and would look for it there: a copy is somebody's file."""
-    name = parse_uap_name(path)
-    where = context.workspace.uap(name).resolve() if name is not None else None
-    return where == path.resolve() and "key" in perturbation.meta
-
-
-def crafted_on_another(context: Context, perturbation: Perturbation) -> bool:
-    """Whether it was crafted on another model of the user's than is exported under its name."""
-    manifest = brought_manifest(context.workspace.onnx(perturbation.source))
-    of = perturbation.meta.get("checkpoint_sha256")
-    return manifest is not None and of is not None and manifest["metadata"]["identity"] != of
 
 
 def register(

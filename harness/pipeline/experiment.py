@@ -13,19 +13,13 @@ from devices.model_file import check_model_file
 from devices.session import Device
 from harness.crafting.perturbation import load_perturbation
 from harness.models.checkpoint import load_checkpoint
+from harness.pipeline.attacks import crafted_on_another, load_attack
 from harness.pipeline.brought import Brought, brought_tasks
 from harness.pipeline.brought_export import brought_export_task
 from harness.pipeline.brought_run import brought_uap_names, brought_victim
 from harness.pipeline.checkpoints import reference_form, train_tasks
 from harness.pipeline.context import Context
-from harness.pipeline.evaluation import (
-    Victim,
-    budget_for,
-    crafted_on_another,
-    evaluate_task,
-    load_attack,
-    register,
-)
+from harness.pipeline.evaluation import Victim, budget_for, evaluate_task, register
 from harness.pipeline.exports import brought_manifest, export_tasks
 from harness.pipeline.instructions import instructions_task
 from harness.pipeline.latency import latency_task

@@ -15,8 +15,9 @@ import onnxruntime
 from devices.session import Device
 from devices.timing import FULL, QUICK, LatencySettings, measure_latency
 from harness.latencies import LatencyKey, boot_of, newest_latencies
+from harness.pipeline.attacks import load_attack
 from harness.pipeline.context import Context
-from harness.pipeline.evaluation import Victim, load_attack, register
+from harness.pipeline.evaluation import Victim, register
 from harness.pipeline.tasks import Progress, Task
 from harness.records import LatencyRun, MeasurementInvalid
 

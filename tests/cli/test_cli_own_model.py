@@ -190,7 +190,9 @@ def test_a_model_that_cannot_be_exported_is_one_line(run: Run, lab: Lab, root: P
     outcome = run(*("export", "--factory", "user_bad:Branching", "--workspace", root), cwd=lab.root)
     assert outcome.code == 2
     *_, last = outcome.err.splitlines()
-    assert last.startswith("error: export of Branching refused, nothing written: TorchScript: ")
+    assert last.startswith("error: export of Branching refused, no file written: its code decides")
+    assert "user_bad.py:" in last
+    assert "write torch.where" in last
     assert last.isprintable()
     assert not (root / "cache" / "Branching.onnx").exists()
 
@@ -263,15 +265,16 @@ def test_a_model_crafted_on_otherwise_is_left_out_and_said_to_be(
     config = root / "harness.toml"
     config.write_text(config.read_text().replace("epochs = 3", "epochs = 2"))
     done = succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
-    assert "whole was not crafted on with the present harness.toml" in done.err
-    assert "harness run --factory user_nets:gray --name whole" in done.err
+    assert "whole does not meet this model, it was exported, or crafted on, with other" in done.err
+    command = "harness run --factory user_nets:gray --input-range 1 --mean 0.4 --std 0.1"
+    assert f"{command} --name whole" in done.err
     pairs = {(row["variant"], row["uap_source"]) for row in of_results(run, root)}
     assert not pairs & {("whole", "half"), ("half", "whole")}
     page = " ".join((root / "report" / "index.html").read_text().split())
     assert "Not crafted with the same settings (whole; half)" in page
     # Crafted on anew, it takes part.
     again = run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root)
-    assert "was not crafted on" not in succeeded(again).err
+    assert "does not meet" not in succeeded(again).err
     pairs = {(row["variant"], row["uap_source"]) for row in of_results(run, root)}
     assert pairs >= {("whole", "half"), ("half", "whole")}
     assert "Not crafted with the same" not in (root / "report" / "index.html").read_text()
@@ -289,7 +292,7 @@ def test_a_file_put_in_the_place_of_another_is_left_out(
     done = succeeded(
         run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root)
     )
-    assert "half was not crafted on" in done.err
+    assert "half does not meet this model" in done.err
 
 
 def test_an_edit_of_their_code_is_noticed(run: Run, lab: Lab, root: Path) -> None:
@@ -482,7 +485,7 @@ def test_a_damaged_manifest_is_said_to_leave_a_model_out(
     succeeded(run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root))
     (root / "cache" / "whole.json").write_text("")
     told = succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
-    assert "whole was not crafted on with the present harness.toml, or is damaged" in told.err
+    assert "its file, or the manifest beside it, is damaged" in told.err
 
 
 def test_the_same_convention_written_otherwise_is_the_same_model(
@@ -610,4 +613,50 @@ def test_a_file_that_the_user_keeps_in_the_cache_is_no_model_left_out(
     cache = root / "cache"
     (cache / "mine.onnx").write_bytes((cache / "gray.onnx").read_bytes())
     told = succeeded(run("run", *GRAY, "--workspace", root, cwd=lab.root))
-    assert "left out" not in told.err
+    assert "does not meet" not in told.err
+
+
+def test_models_measured_on_other_images_do_not_meet(
+    run: Run, lab: Lab, root: Path, pruned: Path
+) -> None:
+    """Or a model would be judged by a transfer alone, its own perturbation unseen."""
+    succeeded(run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root))
+    config = root / "harness.toml"
+    config.write_text(config.read_text().replace("images = 0", "images = 150"))
+    done = succeeded(run("run", *own(pruned, "half"), "--workspace", root, cwd=lab.root))
+    assert "whole does not meet this model, it was not measured on the present eval" in done.err
+    page = " ".join((root / "report" / "index.html").read_text().split())
+    assert "Only half was attacked" in page
+    succeeded(run("run", *own(lab.root / "gray.pt", "whole"), "--workspace", root, cwd=lab.root))
+    assert "Against half" in (root / "report" / "index.html").read_text()
+
+
+def test_a_strangers_perturbation_does_not_take_the_place_of_a_models(
+    run: Run, lab: Lab, root: Path, tmp_path: Path
+) -> None:
+    craft = ("craft", *GRAY, "--eps", "4", "--workspace", root)
+    succeeded(run(*craft, cwd=lab.root))
+    succeeded(run("export", *GRAY, "--workspace", root, cwd=lab.root))
+    content = torch.load(root / "cache" / "gray_eps4.pt")
+    torch.save({**content, "delta": content["delta"].flip(2).contiguous()}, tmp_path / "flip.pt")
+    (tmp_path / "copy.pt").write_bytes((root / "cache" / "gray_eps4.pt").read_bytes())
+    uaps = [part for name in ("flip", "copy") for part in ("--uap", tmp_path / f"{name}.pt")]
+    done = succeeded(
+        run("attack-device", *GRAY, *uaps, "--json", "--workspace", root, cwd=lab.root)
+    )
+    sources = {row["uap_source"] for row in json.loads(done.out)}
+    assert sources == {None, "gray", "gray (elsewhere)"}
+
+
+def test_pytorch_is_asked_as_a_file_of_one_image_is() -> None:
+    seen: list[int] = []
+
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return x.flatten(1)
+
+    pixels = torch.rand(5, 1, 2, 2)
+    for alone in (True, False):
+        assert torch.equal(Blamed(Counting(), "it", alone=alone)(pixels), pixels.flatten(1))
+    assert seen == [1, 1, 1, 1, 1, 5]

@@ -1,0 +1,68 @@
+"""Perturbation files as a workspace sees them: its own, a copy, of a model that was, a stranger's.
+
+Enters: a path. Leaves: the perturbation and the record that rows are labelled by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.crafting.perturbation import Perturbation, check_fits, load_perturbation, uap_record
+from harness.pipeline.context import Context
+from harness.pipeline.exports import brought_manifest
+from harness.records import UapRecord
+from harness.workspace import UapName, parse_uap_name
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A perturbation with its file's identity."""
+
+    perturbation: Perturbation
+    record: UapRecord
+
+
+def load_attack(context: Context, path: Path) -> Attack:
+    """Read a UAP file and check that it fits this workspace.
+
+    Raises:
+        UsageError: unreadable, damaged, over budget, or made for other images.
+    """
+    perturbation = load_perturbation(path)
+    check_fits(
+        perturbation,
+        path,
+        dataset=context.data.name,
+        image_shape=context.image_shape,
+        classes=len(context.data.classes),
+    )
+    record = uap_record(path, perturbation, own=_is_own(context, path, perturbation))
+    if crafted_on_another(context, perturbation):
+        record = replace(record, own=False, source=f"{record.source} (earlier)")
+    elif not record.own and _is_taken(context, record):
+        record = replace(record, source=f"{record.source} (elsewhere)")
+    return Attack(perturbation, record)
+
+
+def _is_own(context: Context, path: Path, perturbation: Perturbation) -> bool:
+    """Whether the workspace made it and would look for it there: a copy is somebody's file."""
+    name = parse_uap_name(path)
+    where = context.workspace.uap(name).resolve() if name is not None else None
+    return where == path.resolve() and "key" in perturbation.meta
+
+
+def _is_taken(context: Context, record: UapRecord) -> bool:
+    """Whether a file says that it is of a model of the user's, but is not what was crafted here."""
+    if brought_manifest(context.workspace.onnx(record.source)) is None:
+        return False
+    name = UapName(record.source, record.eps, target=record.target, seed=record.seed)
+    ours = context.workspace.uap(name)
+    return not ours.exists() or context.sha256(ours) != record.sha256
+
+
+def crafted_on_another(context: Context, perturbation: Perturbation) -> bool:
+    """Whether it was crafted on another model of the user's than is exported under its name."""
+    manifest = brought_manifest(context.workspace.onnx(perturbation.source))
+    of = perturbation.meta.get("checkpoint_sha256")
+    return manifest is not None and of is not None and manifest["metadata"]["identity"] != of
