@@ -48,8 +48,9 @@ def write_report(
         beside: a run on the other of the paper's two data sets, for its claims about both.
 
     Raises:
-        HarnessError: no results yet, none of that device or baseline, `beside` is not of the other
-            data set, or the folder cannot be written.
+        HarnessError: no results yet, `beside` is not of the other data set, or the folder cannot be
+            written.
+        UsageError: no results of that device or baseline.
     """
     # matplotlib and jinja2 wait until there is something to draw.
     from reports import masking_table, page, tables

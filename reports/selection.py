@@ -56,7 +56,8 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
             only models that the user brought, the one measured first.
 
     Raises:
-        HarnessError: no deployed results at all, or none on `device` or of `baseline`.
+        HarnessError: no deployed results at all.
+        UsageError: none on `device`, or of `baseline`.
     """
     rows = result_rows(store)
     deployed = [row for row in rows if row.runtime == DEPLOYED]

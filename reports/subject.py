@@ -99,6 +99,11 @@ def is_search(row: ResultRow, craft: Craft | None) -> bool:
 
 
 def choose_baseline(store: Store, variants: tuple[VariantView, ...], wanted: str | None) -> str:
+    """The name of the model that others are compared with, as `build_view` has it.
+
+    Raises:
+        UsageError: the one wanted was not measured.
+    """
     names = [variant.name for variant in variants]
     if wanted is not None:
         if wanted not in names:

@@ -97,7 +97,7 @@ def run(
     With --factory, all but the training of a PyTorch classifier of your own: it is exported,
     attacked with perturbations crafted on it, and timed. Run it for each of several, with a --name
     of its own, the uncompressed one first: they meet each other's perturbations, and stand in one
-    report, beside the variants if there are any.
+    report. Give them a workspace without the ten variants, which are compared among themselves.
 
     \b
     Examples:

@@ -136,19 +136,6 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
-def existing_or_new_workspace(root: Path) -> Workspace:
-    """The workspace in `root`; where there is none, one with the quickstart defaults.
-
-    A new one is not on disk before `working_in`: a request that fails leaves nothing behind.
-    """
-    from harness.presets import preset_named
-    from harness.workspace import CONFIG_NAME, Workspace, open_workspace
-
-    if (root / CONFIG_NAME).exists():
-        return open_workspace(root)
-    return Workspace(root, preset_named("quickstart"))
-
-
 @contextmanager
 def working_in(workspace: Workspace) -> Iterator[None]:
     """Hold the workspace for writing: written first when it is new, rid of what a kill left.

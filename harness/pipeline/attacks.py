@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from harness.crafting.perturbation import Perturbation, check_fits, load_perturbation, uap_record
+from harness.models.brought import NAME
 from harness.pipeline.context import Context
 from harness.pipeline.exports import brought_manifest
 from harness.records import UapRecord
@@ -39,10 +41,17 @@ def load_attack(context: Context, path: Path) -> Attack:
     )
     record = uap_record(path, perturbation, own=_is_own(context, path, perturbation))
     if crafted_on_another(context, perturbation):
-        record = replace(record, own=False, source=f"{record.source} (earlier)")
+        record = replace(record, own=False, source=f"{record.source} (other model)")
     elif not record.own and _is_taken(context, record):
         record = replace(record, source=f"{record.source} (elsewhere)")
     return Attack(perturbation, record)
+
+
+def crafted_on_another(context: Context, perturbation: Perturbation) -> bool:
+    """Whether it was crafted on another model of the user's than is exported under its name."""
+    manifest = _exported_as(context, perturbation.source)
+    of = perturbation.meta.get("checkpoint_sha256")
+    return manifest is not None and of is not None and manifest["metadata"]["identity"] != of
 
 
 def _is_own(context: Context, path: Path, perturbation: Perturbation) -> bool:
@@ -54,15 +63,13 @@ def _is_own(context: Context, path: Path, perturbation: Perturbation) -> bool:
 
 def _is_taken(context: Context, record: UapRecord) -> bool:
     """Whether a file says that it is of a model of the user's, but is not what was crafted here."""
-    if brought_manifest(context.workspace.onnx(record.source)) is None:
+    if _exported_as(context, record.source) is None:
         return False
     name = UapName(record.source, record.eps, target=record.target, seed=record.seed)
     ours = context.workspace.uap(name)
     return not ours.exists() or context.sha256(ours) != record.sha256
 
 
-def crafted_on_another(context: Context, perturbation: Perturbation) -> bool:
-    """Whether it was crafted on another model of the user's than is exported under its name."""
-    manifest = brought_manifest(context.workspace.onnx(perturbation.source))
-    of = perturbation.meta.get("checkpoint_sha256")
-    return manifest is not None and of is not None and manifest["metadata"]["identity"] != of
+def _exported_as(context: Context, source: str) -> dict[str, Any] | None:
+    """The manifest of the user's model of that name; the name is whatever a stranger wrote."""
+    return brought_manifest(context.workspace.onnx(source)) if NAME.fullmatch(source) else None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import CONFIG, DATASET, Outcome, Tiny, environment, write_npz
-from factory_cases import MODULES, Lab, make_lab
+from factory_cases import MODULES, OWN_CONFIG, Lab, make_lab
 
 from harness.cli.main import main
 
@@ -101,3 +101,25 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     sys.path[:] = path
     for name in MODULES:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def root(lab: Lab, tmp_path: Path) -> Path:
+    """A workspace for their own models, with nothing in it."""
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / "harness.toml").write_text(
+        OWN_CONFIG.format(npz=lab.root / "gray.npz", latency="off")
+    )
+    return folder
+
+
+@pytest.fixture
+def pruned(lab: Lab, tmp_path: Path) -> Path:
+    """A checkpoint of theirs with half of the weights gone."""
+    state = torch.load(lab.root / "gray.pt")
+    for values in state.values():
+        if values.ndim > 1:
+            values[values.abs() < values.abs().median()] = 0
+    torch.save(state, tmp_path / "pruned.pt")
+    return tmp_path / "pruned.pt"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cli_cases import Outcome, succeeded
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -131,6 +134,27 @@ class BatchStatistics(nn.Module):
 """
 
 
+OWN_CONFIG = """
+dataset = "{npz}"
+preset = "quickstart"
+
+[craft]
+eps = [4, 16]
+transfer_eps = 16.0
+targets = [3]
+attack_images = 256
+epochs = 3
+
+[eval]
+images = 0
+threads = 1
+
+[latency]
+mode = "{latency}"
+"""
+"""Of a workspace for their own models: two budgets, one target, quick."""
+
+
 @dataclass(frozen=True)
 class Lab:
     """A user's folder: modules, trained checkpoints, data."""
@@ -196,3 +220,15 @@ def make_lab(root: Path) -> Lab:
     of_a_cluster = {f"module.{key}": value for key, value in attention.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": of_a_cluster}, root / "attention.pth")
     return Lab(root)
+
+
+def own(checkpoint: Path, name: str) -> tuple[object, ...]:
+    """Another model of the same code."""
+    return (*GRAY[:2], "--checkpoint", checkpoint, *GRAY[4:], "--name", name)
+
+
+def of_results(run: Callable[..., Outcome], root: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(
+        succeeded(run("results", "--json", "--workspace", root, cwd=root)).out
+    )
+    return rows
