@@ -115,6 +115,7 @@ def _train_task(context: Context, variant: Variant) -> Task:
         run=lambda progress: _train(context, variant, progress),
         beside="accelerator",
         after=(task_name(parent),) if parent else (),
+        uses=context.uses("accelerator"),
     )
 
 

@@ -22,7 +22,15 @@ from harness.artefacts import sha256_file
 from harness.config import Config
 from harness.data.dataset import Dataset, load_dataset
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.tasks import Deadline, Reporter, Shared, Silent, Task, run_tasks
+from harness.pipeline.tasks import (
+    EVERYTHING,
+    Deadline,
+    Reporter,
+    Shared,
+    Silent,
+    Task,
+    run_tasks,
+)
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
 from harness.workspace import Workspace
@@ -107,10 +115,16 @@ class Context:
     @property
     def jobs(self) -> dict[Shared, int]:
         """How many tasks run side by side, by what they share."""
+        on_gpu = jobs_for(self.accelerator) if self.accelerator.type != "cpu" else 0
         return {
             "accelerator": jobs_for(self.accelerator),
-            "cores": max(1, min(MAX_EVALUATIONS, _lanes())),
+            # What a GPU does is prepared by a core each.
+            "cores": max(1, min(MAX_EVALUATIONS, _lanes() - on_gpu)),
         }
+
+    def uses(self, shared: Shared) -> frozenset[Shared]:
+        """What a task that runs there takes of the machine; without a GPU both are the cores."""
+        return EVERYTHING if self.accelerator.type == "cpu" else frozenset((shared,))
 
     @property
     def speedups(self) -> dict[Shared, int]:

@@ -18,7 +18,7 @@ from harness.crafting.arithmetic import images_at_once
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, build_model
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
-from harness.pipeline.tasks import Shared, Task
+from harness.pipeline.tasks import Shared, Task, phases
 
 BATCH = 64
 REPETITIONS = 5
@@ -90,17 +90,23 @@ def elapsed_seconds(
         rates: of this machine.
         speedups: `Context.speedups`.
     """
-    cost = rates.seconds
-    total = sum(cost(task) for task in tasks if task.beside is None)
-    for shared in {task.beside for task in tasks if task.beside is not None}:
-        beside = {task.name: task for task in tasks if task.beside == shared}
+    return sum(
+        max(sum(_group_seconds(group, rates, speedups) for group in lane) for lane in lanes)
+        for lanes in phases(tasks)
+    )
 
-        def chain(task: Task, beside: dict[str, Task] = beside) -> float:
-            waits = [chain(beside[name]) for name in task.after if name in beside]
-            return cost(task) + max(waits, default=0.0)
 
-        longest = max(chain(task) for task in beside.values())
-        evenly = sum(cost(task) for task in beside.values()) / speedups.get(shared, 1)
-        in_torch = sum(task.work for task in beside.values()) * rates.accelerator
-        total += max(longest, evenly, in_torch / speedups.get("accelerator", 1))
-    return total
+def _group_seconds(tasks: Sequence[Task], rates: Rates, speedups: Mapping[Shared, int]) -> float:
+    cost, shared = rates.seconds, tasks[0].beside
+    if shared is None:
+        return sum(map(cost, tasks))
+    beside = {task.name: task for task in tasks}
+
+    def chain(task: Task) -> float:
+        waits = [chain(beside[name]) for name in task.after if name in beside]
+        return cost(task) + max(waits, default=0.0)
+
+    longest = max(map(chain, tasks))
+    evenly = sum(map(cost, tasks)) / speedups.get(shared, 1)
+    in_torch = sum(task.work for task in tasks) * rates.accelerator
+    return max(longest, evenly, in_torch / speedups.get("accelerator", 1))

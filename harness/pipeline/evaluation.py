@@ -7,6 +7,8 @@ again: a sample that is to be larger goes on where it ended.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +36,10 @@ from harness.store import Store
 
 DEVICE_COST = 0.5
 """Of onnxruntime's forward pass on one core, in PyTorch's."""
+ON_CORES_IN_TURN = 2
+"""Times its share of the cores that a model takes where it comes from a GPU: others are there."""
+_TURN = threading.Lock()
+"""A GPU predicts for one model after another: the first goes on to the cores while others wait."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ def evaluate_task(
         budget = replace(budget, images=None)
     in_crew = device.name == "local" and not budget.limited
     threads = context.threads_of_each(beside) if in_crew else None
+    if threads and victim.reference and context.accelerator.type != "cpu":
+        threads *= ON_CORES_IN_TURN
     conditions = 1 + len(uap_paths)
     images = len(context.data.evaluation)
     on_cores = DEVICE_COST * conditions * budget.of(images) / (threads or 1)
@@ -181,7 +189,9 @@ def evaluate(
             meter = _Meter(
                 lacking, lambda done, note: progress(begin + done * (torch_share - begin), note)
             )
-            _in_torch(context, store, victim, model, plan.in_torch, by_sha256, meter)
+            with _TURN if context.accelerator.type != "cpu" else contextlib.nullcontext():
+                progress(begin, "")  # it may be time to stop
+                _in_torch(context, store, victim, model, plan.in_torch, by_sha256, meter)
             plan = _plan(context, store, victim, uap_paths, device, budget)
         if not plan.finished:
             deltas = {

@@ -26,6 +26,7 @@ from harness.pipeline.checkpoints import (
     checkpoint_key,
     deployed_form,
     reference_form,
+    task_name,
     valid_checkpoint,
 )
 from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
@@ -149,6 +150,8 @@ def _export_task(
         is_done=lambda: valid_export(context, variant, compat=compat) is not None,
         run=lambda progress: _export(context, variant, progress, compat=compat, beside=beside),
         beside="cores",
+        after=(task_name(trained_for(variant.name).name),),
+        uses=context.uses("cores"),
     )
 
 

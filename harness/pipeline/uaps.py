@@ -92,6 +92,7 @@ def _control_task(context: Context, name: UapName) -> Task:
         is_done=lambda: valid_uap(context, name),
         run=lambda _progress: _make_control(context, name),
         beside=_beside(context),
+        uses=context.uses("accelerator"),
     )
 
 
@@ -127,6 +128,7 @@ class _Pass:
                 run=self._run,
                 beside=_beside(context),
                 after=(*trained, *before),
+                uses=context.uses("accelerator"),
             )
 
         return [task(name) for name in self.names]
