@@ -8,6 +8,7 @@ are averaged; of samples, all images by PyTorch less what a device may differ on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -101,8 +102,7 @@ def against_baseline_at(view: View, eps: float) -> list[Comparison]:
 def _against(
     view: View, base: ResultRow, others: Sequence[tuple[VariantView, ResultRow]]
 ) -> list[Comparison]:
-    p_values = [compare(view, row, base).p for _, row in others]
-    adjusted = adjusted_apart([v for v, _ in others], p_values)
+    _, adjusted = compare_apart(view, [v for v, _ in others], [(row, base) for _, row in others])
     return [
         Comparison(variant, rate_of(row), rate_of(base), p)
         for (variant, row), p in zip(others, adjusted, strict=True)
@@ -125,7 +125,7 @@ def paired(view: View, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[flo
     Exact McNemar where either row is of one perturbation; where crafting seeds are averaged, the
     hierarchical bootstrap, which covers them too.
     """
-    return holm([compare(view, first, second).p for first, second in pairs])
+    return holm([compare(view, *pair, family=len(pairs)).p for pair in pairs])
 
 
 def adjusted_apart(variants: Sequence[VariantView], p_values: Sequence[float]) -> list[float]:
@@ -141,6 +141,18 @@ def adjusted_apart(variants: Sequence[VariantView], p_values: Sequence[float]) -
     return adjusted
 
 
+def compare_apart(
+    view: View, variants: Sequence[VariantView], pairs: Sequence[tuple[ResultRow, ResultRow]]
+) -> tuple[list[Difference], list[float]]:
+    """The paired tests of one pair of rows a variant, and their p-values by `adjusted_apart`."""
+    sizes = Counter(v.name in PAPER_ORDER for v in variants)
+    tests = [
+        compare(view, *pair, family=sizes[v.name in PAPER_ORDER])
+        for v, pair in zip(variants, pairs, strict=True)
+    ]
+    return tests, adjusted_apart(variants, [test.p for test in tests])
+
+
 @dataclass(frozen=True)
 class Difference:
     """UER of one row minus another's on the images both saw; `p` not adjusted."""
@@ -152,16 +164,19 @@ class Difference:
     high: float = 1.0
 
 
-def compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
-    """The paired test of two rows, over images and, where there are several, crafting seeds."""
-    key = ("compare", key_of(first), key_of(second))
+def compare(view: View, first: ResultRow, second: ResultRow, *, family: int = 1) -> Difference:
+    """The paired test of two rows, over images and, where there are several, crafting seeds.
+
+    `family`: how many tests its p will be adjusted for.
+    """
+    key = ("compare", key_of(first), key_of(second), family)
     if key not in view.memo:
-        view.memo[key] = _compare(view, first, second)
+        view.memo[key] = _compare(view, first, second, family)
     found: Difference = view.memo[key]
     return found
 
 
-def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
+def _compare(view: View, first: ResultRow, second: ResultRow, family: int) -> Difference:
     ours, theirs = view.repeats(first), view.repeats(second)
     if len(ours) == len(theirs) == 1:
         pair = view.together(first, second)
@@ -172,7 +187,7 @@ def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
         bounds = metrics.paired_difference(gained, lost, wrong.size, population=ALL_IMAGES)
         one, another = _sampled(view, first), _sampled(view, second)
         if one is not None and another is not None:
-            return Difference(*sampled_difference(one, another), *bounds)
+            return Difference(*sampled_difference(one, another, family=family), *bounds)
         value, p = float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other)
         return Difference(value, p, *bounds)
     runs = [view.predictions(row) for row in (*ours, *theirs)]

@@ -16,7 +16,7 @@ from reports import figures
 from reports.advice import COSTS, Cost, latency_caveat, rated
 from reports.choosing import pareto_front
 from reports.figures import Line, Point
-from reports.inference import ALPHA, adjusted_apart, compare, mean_difference
+from reports.inference import ALPHA, adjusted_apart, compare_apart, mean_difference
 from reports.signals import masking_verdicts
 from reports.view import VariantView, View
 from reports.words import clean_text, epsilon, listed, method_colour, method_css, percent
@@ -174,8 +174,9 @@ def _searches(view: View, attacked: list[VariantView]) -> str:
         for own in variant.curve
         if own.eps == search.eps
     ]
-    tests = [compare(view, search, own) for _, search, own in pairs]
-    adjusted = adjusted_apart([v for v, _, _ in pairs], [test.p for test in tests])
+    tests, adjusted = compare_apart(
+        view, [v for v, _, _ in pairs], [(search, own) for _, search, own in pairs]
+    )
     asked = Counter(search.eps or 0.0 for _, search, _ in pairs)
     more = Counter(
         search.eps or 0.0

@@ -19,8 +19,7 @@ from harness.records import CONTROLS, PAPER_ORDER, ResultRow
 from reports.inference import (
     ALPHA,
     Difference,
-    adjusted_apart,
-    compare,
+    compare_apart,
     near_ceiling,
     rate_of,
 )
@@ -90,7 +89,7 @@ def _verdicts(view: View) -> list[MaskingVerdict]:
 
 def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
     """Every other perturbation against the variant's own; one family over the experiment's."""
-    tests: list[tuple[VariantView, _Test]] = []
+    asked: list[tuple[VariantView, Kind, str, ResultRow, ResultRow]] = []
     models = {v.name for v in view.variants}
     for variant in variants:
         # What a user brought is no part of the experiment, but stands beside what they brought.
@@ -110,15 +109,14 @@ def _comparisons(view: View, variants: list[VariantView]) -> dict[str, _Tested]:
         if variant.gradient_free is not None:
             found_by = _wave_of(view, variant.gradient_free)
             others.append(("gradient_free", found_by, variant.gradient_free))
-        tests += [
-            (variant, _Test(kind, name, row, own, compare(view, row, own)))
-            for kind, name, row in others
-        ]
-    adjusted = adjusted_apart([v for v, _ in tests], [test.found.p for _, test in tests])
-    sizes = Counter(v.name in PAPER_ORDER for v, _ in tests)
+        asked += [(variant, kind, name, row, own) for kind, name, row in others]
+    tests, adjusted = compare_apart(
+        view, [variant for variant, *_ in asked], [(row, own) for *_, row, own in asked]
+    )
+    sizes = Counter(variant.name in PAPER_ORDER for variant, *_ in asked)
     found = {v.name: _Tested(family=sizes[v.name in PAPER_ORDER]) for v in variants}
-    for (variant, test), p in zip(tests, adjusted, strict=True):
-        found[variant.name].tests.append((test, p))
+    for (variant, kind, name, row, own), test, p in zip(asked, tests, adjusted, strict=True):
+        found[variant.name].tests.append((_Test(kind, name, row, own, test), p))
     return found
 
 
@@ -137,9 +135,8 @@ def _falls(view: View, variants: list[VariantView]) -> dict[str, Signal]:
     pairs = [
         (variant, low, high) for variant in variants for low, high in combinations(variant.curve, 2)
     ]
-    adjusted = adjusted_apart(
-        [variant for variant, _, _ in pairs],
-        [compare(view, low, high).p for _, low, high in pairs],
+    _, adjusted = compare_apart(
+        view, [variant for variant, _, _ in pairs], [(low, high) for _, low, high in pairs]
     )
     sizes = Counter(of.name in PAPER_ORDER for of, _, _ in pairs)
     found: dict[str, Signal] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from harness.metrics import tenths
 from harness.records import CONTROLS, DEPLOYABLE
 from harness.sources import FLEET, LEAVE_ONE_OUT, source_label
 
@@ -70,14 +71,14 @@ def paper_rank(name: str) -> tuple[int, str]:
 def percent(value: float | None, *, unit: bool = True) -> str:
     if value is None:
         return DASH
-    return f"{100 * value:.1f}" + (f"{NBSP}%" if unit else "")
+    return tenths(value) + (f"{NBSP}%" if unit else "")
 
 
 def points(value: float | None) -> str:
     """A difference of two fractions, signed, in percentage points."""
     if value is None:
         return DASH
-    text = f"{abs(100 * value):.1f}"
+    text = tenths(abs(value))
     sign = "" if text == "0.0" else ("+" if value > 0 else "\u2212")
     return sign + text
 
@@ -85,7 +86,7 @@ def points(value: float | None) -> str:
 def interval(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return ""
-    return f"{100 * low:.1f}{DASH}{100 * high:.1f}"
+    return f"{tenths(low)}{DASH}{tenths(high)}"
 
 
 def interval_of_points(low: float, high: float) -> str:

@@ -3,7 +3,7 @@
 # and keeps nothing: data and earlier results go in by parts, what comes out is few, small files.
 #
 #   python scripts/pack_images.py cifar10.npz cifar10.packed    at home: 60 % of the size, ...
-#   split -b 50M cifar10.packed cifar10.packed.       ... or the .npz itself, in parts to be carried
+#   split -b 45M cifar10.packed cifar10.packed.       ... or the .npz itself, in parts to be carried
 #   scripts/gpu_session.sh keep cifar10.packed.aa     there, a call a part: kept for the calls after it
 #   scripts/gpu_session.sh check OUT                  tests and benchmarks marked gpu; OUT/check.log
 #   scripts/gpu_session.sh run OUT 8m full sfp pp3 q4 these variants, until the time is over

@@ -6,7 +6,7 @@ made from it, every perturbation file, and how it was made. `--again FOLDER` mak
 published store anew, for when the report itself changed. `--audit` keeps what `harness audit`
 wrote.
 
-    python scripts/publish.py workspace reports/published/cifar10 --title "CIFAR-10, reduced scale"
+    python scripts/publish.py workspace reports/published/cifar10 --title "CIFAR-10, full scale"
     python scripts/publish.py --again reports/published/cifar10
     python scripts/publish.py --audit workspace reports/published --command "harness audit"
 

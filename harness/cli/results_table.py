@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.stdout import StdoutConsole
+from harness.metrics import tenths
 from harness.pipeline.uap_names import GRADIENT_FREE
 from harness.records import CONTROLS, ResultRow
 from harness.sources import source_label
@@ -140,7 +141,7 @@ def _masking(derived: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{100 * low:.1f}-{100 * high:.1f}"
+    return "" if low is None or high is None else f"{tenths(low)}-{tenths(high)}"
 
 
 def _latency(row: ResultRow) -> str:
@@ -152,4 +153,4 @@ def _latency(row: ResultRow) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else tenths(value)

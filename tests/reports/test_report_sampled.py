@@ -56,9 +56,22 @@ def test_a_device_that_differs_from_pytorch_shows_less() -> None:
 
 
 def test_a_small_sample_speaks_for_itself() -> None:
-    first, second = (model(wrong, 250) for wrong in pair_of(1_300, 800))
+    first, second = (model(wrong, 100) for wrong in pair_of(1_300, 800))
     seen = mcnemar(first.device_wrong, second.device_wrong)
     assert sampled_difference(first, second)[1] == seen
+    larger = [model(wrong, 200) for wrong in pair_of(1_300, 800)]
+    assert sampled_difference(*larger)[1] != mcnemar(*(one.device_wrong for one in larger))
+
+
+@pytest.mark.parametrize(("n", "points"), [(250, 9), (500, 6)])
+def test_a_large_family_can_show_something(n: int, points: int) -> None:
+    """What p is never below is small enough to be adjusted; what is not seen counts for more."""
+    family = 60
+    first, second = (model(wrong, n) for wrong in pair_of(800 + 100 * points, 800))
+    assert family * sampled_difference(first, second)[1] > 0.05
+    assert family * sampled_difference(first, second, family=family)[1] < 0.05
+    first, second = (model(wrong, n) for wrong in pair_of(800 + 50 * points, 800))
+    assert sampled_difference(first, second, family=family)[1] > 0.05
 
 
 def test_models_of_different_images_are_refused() -> None:
@@ -67,7 +80,8 @@ def test_models_of_different_images_are_refused() -> None:
         sampled_difference(model(np.zeros(N, dtype=bool), 10), few)
 
 
-def test_a_null_effect_is_rarely_shown() -> None:
+@pytest.mark.parametrize("family", [1, 20])
+def test_a_null_effect_is_rarely_shown(family: int) -> None:
     """Equal error rates on the device, PyTorch off by 1 % of the images in one model's favour."""
     rng = np.random.default_rng(7)
     shown = 0
@@ -77,5 +91,5 @@ def test_a_null_effect_is_rarely_shown() -> None:
         torch[0, rng.choice(2_000, 20, replace=False)] = False
         indices = np.sort(np.random.default_rng(seed).choice(2_000, 400, replace=False))
         one, other = (Sampled(t, d[indices], indices) for t, d in zip(torch, truth, strict=True))
-        shown += sampled_difference(one, other)[1] < 0.05
+        shown += sampled_difference(one, other, family=family)[1] < 0.05
     assert shown <= 25  # 5 % of 300 are 15; 25 is beyond the 99 % point
