@@ -25,7 +25,7 @@ from export.integer_layers import Kernel
 from export.runtime import Images, RunSettings
 from export.saturation import saturation_margins
 from export.slim import SlimReport, slim
-from export.verify import verify_float, verify_integer
+from export.verify import Progress, verify_float, verify_integer
 from harness.artefacts import sha256_file, write_atomic
 from harness.models.folded import FoldedResNet
 from harness.models.integer import IntegerResNet
@@ -68,6 +68,7 @@ def export_model(
     align: int = 1,
     packed: bool = True,
     kernels: Mapping[str, Kernel] | None = None,
+    progress: Progress = lambda _images: None,
 ) -> Exported:
     """Write `out` (.onnx) and its manifest (.json), or nothing.
 
@@ -82,6 +83,7 @@ def export_model(
         align: round slimmed widths up to a multiple of this.
         packed: store an integer model's weights several to a code (`export.packing`).
         kernels: an integer model's layer name -> the form of its convolution.
+        progress: told as images are compared, each once for every one of `EXPORT_SETTINGS`.
 
     Raises:
         HarnessError: the file would not agree with `reference`, or cannot be written.
@@ -102,14 +104,21 @@ def export_model(
             model, image_shape=image_shape, metadata=properties, packed=packed, kernels=kernels
         )
         content = serialise(graph)
-        agreement = verify_integer(content, reference, calibration, settings=EXPORT_SETTINGS)
+        agreement = verify_integer(
+            content, reference, calibration, settings=EXPORT_SETTINGS, progress=progress
+        )
         margins = [asdict(margin) for margin in saturation_margins(model)]
     else:
         widths = _other_widths(model, image_shape)
         model, slimming = slim(model, align=align)
         content = serialise(float_graph(model, image_shape=image_shape, metadata=properties))
         agreement = verify_float(
-            content, reference, calibration, deployed=model, settings=EXPORT_SETTINGS
+            content,
+            reference,
+            calibration,
+            deployed=model,
+            settings=EXPORT_SETTINGS,
+            progress=progress,
         )
     if not agreement.passed:
         raise HarnessError(

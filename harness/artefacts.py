@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,16 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def load_pt(path: Path, *, what: str, remedy: str = "make it again") -> dict[str, Any]:
+def load_pt(
+    path: Path, *, what: str, remedy: str = "make it again", keys: Iterable[str] = ()
+) -> dict[str, Any]:
     """Read a `.pt` file without executing anything in it.
 
     Args:
         path: the file.
         what: how to call it in an error, such as "UAP" or "checkpoint".
         remedy: what to do about a damaged one.
+        keys: what it should hold, to be named where it is something else; not checked.
 
     Raises:
         UsageError: missing, too large, not a .pt file, truncated, holding pickled code, or not
@@ -130,7 +134,11 @@ def load_pt(path: Path, *, what: str, remedy: str = "make it again") -> dict[str
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UsageError(f"{what} {path} is damaged ({reason}): {remedy}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{what} {path} holds a {type(content).__name__}, not a dictionary")
+        named = ", ".join(keys)
+        raise UsageError(
+            f"{what} {path} holds a {type(content).__name__}, not a dictionary"
+            f"{f' of {named}' if named else ''}"
+        )
     return content
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +28,6 @@ MIN_PROCESSES = 3
 MAX_SPREAD = 0.05
 MAX_FREQUENCY_DRIFT = 0.02
 MAX_LOAD_PER_CORE = 1.0
-
-
-def tenths(fraction: float) -> str:
-    """A fraction as a percentage with one decimal, half-way values away from zero.
-
-    Rates of 2,000 or 10,000 images are half-way often. In binary, which side of it a sum ends on
-    depends on the processor.
-    """
-    exact = Decimal(repr(round(100 * float(fraction), 9)))
-    return str(exact.quantize(Decimal("0.1"), ROUND_HALF_UP) + 0)  # no minus before a zero
 
 
 @dataclass(frozen=True)

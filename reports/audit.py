@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from harness.audit.contrasts import Contrast, Means, Meeting, Question, Unit
 from harness.bootstrap import Estimate, difference
-from harness.metrics import tenths
 from reports.inference import ALPHA, MARGIN, holm
 from reports.portable import portable
 from reports.words import p_value
@@ -257,8 +256,8 @@ def _row(question: str, finding: Finding) -> str:
         finding.label,
         _budget(finding.eps),
         f"{finding.units}",
-        tenths(finding.rate),
-        tenths(finding.reference_rate),
+        f"{100 * finding.rate:.1f}",
+        f"{100 * finding.reference_rate:.1f}",
         f"{100 * gap.value:+.1f}",
         f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}",
         " ".join(f"{100 * value:+.1f}" for value in finding.each),

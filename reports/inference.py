@@ -120,12 +120,16 @@ def near_ceiling(view: View, rate: float) -> bool:
 
 
 def paired(view: View, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float]:
-    """Holm-adjusted p-values of pairs of rows; 1 where no image is in both.
+    """Holm-adjusted p-values of pairs of rows, of variants or of a family known beforehand.
+
+    1 where no image is in both. Which variants are paired may depend on what was measured: how sure
+    the bound of `reports.sampled` is then depends on all there are.
 
     Exact McNemar where either row is of one perturbation; where crafting seeds are averaged, the
     hierarchical bootstrap, which covers them too.
     """
-    return holm([compare(view, *pair, family=len(pairs)).p for pair in pairs])
+    family = max(len(pairs), len(view.variants) - 1)
+    return holm([compare(view, *pair, family=family).p for pair in pairs])
 
 
 def adjusted_apart(variants: Sequence[VariantView], p_values: Sequence[float]) -> list[float]:
@@ -169,7 +173,8 @@ def compare(view: View, first: ResultRow, second: ResultRow, *, family: int = 1)
 
     `family`: how many tests its p will be adjusted for.
     """
-    key = ("compare", key_of(first), key_of(second), family)
+    averaged = max(len(view.repeats(first)), len(view.repeats(second))) > 1
+    key = ("compare", key_of(first), key_of(second), 1 if averaged else family)
     if key not in view.memo:
         view.memo[key] = _compare(view, first, second, family)
     found: Difference = view.memo[key]

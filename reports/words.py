@@ -6,9 +6,9 @@ Enters: fractions, counts, bytes, names from the store. Leaves: short strings fo
 from __future__ import annotations
 
 import math
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from harness.metrics import tenths
 from harness.records import CONTROLS, DEPLOYABLE
 from harness.sources import FLEET, LEAVE_ONE_OUT, source_label
 
@@ -66,6 +66,16 @@ def paper_rank(name: str) -> tuple[int, str]:
     brought = ""
     order = (*DEPLOYABLE, brought, FLEET, LEAVE_ONE_OUT, *sorted(CONTROLS))
     return order.index(name if name in order else brought), name
+
+
+def tenths(fraction: float) -> str:
+    """A finite fraction as a percentage with one decimal, half-way values away from zero.
+
+    Rates of 2,000 or 10,000 images are half-way often. In binary, which side of it a sum ends on
+    depends on the processor.
+    """
+    exact = Decimal(repr(round(100 * float(fraction), 9)))
+    return str(exact.quantize(Decimal("0.1"), ROUND_HALF_UP) + 0)  # no minus before a zero
 
 
 def percent(value: float | None, *, unit: bool = True) -> str:

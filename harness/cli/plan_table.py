@@ -40,12 +40,10 @@ def print_plan(
         click.echo(json.dumps(rows, indent=2))
         return
     table = Table("stage", "to build", "cached", "estimated time")
-    total = 0.0
     for stage in dict.fromkeys(task.stage for task in tasks):
         of_stage = [(task, done) for task, done in states if task.stage == stage]
         missing = [task for task, done in of_stage if not done]
         seconds = elapsed_seconds(missing, rates, speedups=context.speedups)
-        total += seconds
         table.add_row(
             stage,
             escape(_names(missing)),
@@ -53,10 +51,13 @@ def print_plan(
             duration(seconds) if missing else "-",
         )
     table.add_section()
+    everything = [task for task, done in states if not done]
+    # Less than its parts where stages run beside each other.
+    total = elapsed_seconds(everything, rates, speedups=context.speedups)
     device = context.accelerator.type
     table.add_row("all", "", "", f"about {duration(total)} on this {device}")
     StdoutConsole().print(table)
-    changed = _measured_as_another_file(context, [task for task, done in states if not done])
+    changed = _measured_as_another_file(context, everything)
     if changed:
         click.echo(
             f"Measured before, as another file: {', '.join(changed)}. What is evaluated is the file"

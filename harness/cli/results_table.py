@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.stdout import StdoutConsole
-from harness.metrics import tenths
 from harness.pipeline.uap_names import GRADIENT_FREE
 from harness.records import CONTROLS, ResultRow
 from harness.sources import source_label
+from reports.words import tenths
 
 
 def print_results(rows: Sequence[ResultRow], *, derived: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -104,7 +104,6 @@ def load_perturbation(path: Path, *, own: bool = False) -> Perturbation:
         UsageError: missing, damaged, holding code, a missing field, a wrong type or shape,
             values that are not finite, or beyond its own budget.
     """
-    content = load_pt(path, what="UAP", remedy=REMAKE if own else "make it again")
     types: dict[str, type | tuple[type, ...]] = {
         "delta": torch.Tensor,
         "eps": (float, int),
@@ -114,6 +113,7 @@ def load_perturbation(path: Path, *, own: bool = False) -> Perturbation:
         "protocol": str,
         "seed": int,
     }
+    content = load_pt(path, what="UAP", remedy=REMAKE if own else "make it again", keys=types)
     for name, wanted in types.items():
         if name not in content:
             raise UsageError(f"UAP {path} has no {name!r}: a UAP file holds {', '.join(types)}")

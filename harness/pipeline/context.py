@@ -22,15 +22,8 @@ from harness.artefacts import sha256_file
 from harness.config import Config
 from harness.data.dataset import Dataset, load_dataset
 from harness.models.checkpoint import load_checkpoint
-from harness.pipeline.tasks import (
-    EVERYTHING,
-    Deadline,
-    Reporter,
-    Shared,
-    Silent,
-    Task,
-    run_tasks,
-)
+from harness.pipeline.running import run_tasks
+from harness.pipeline.tasks import EVERYTHING, Deadline, Reporter, Shared, Silent, Task
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
 from harness.workspace import Workspace
@@ -115,11 +108,9 @@ class Context:
     @property
     def jobs(self) -> dict[Shared, int]:
         """How many tasks run side by side, by what they share."""
-        on_gpu = jobs_for(self.accelerator) if self.accelerator.type != "cpu" else 0
         return {
             "accelerator": jobs_for(self.accelerator),
-            # What a GPU does is prepared by a core each.
-            "cores": max(1, min(MAX_EVALUATIONS, _lanes() - on_gpu)),
+            "cores": max(1, min(MAX_EVALUATIONS, _lanes())),
         }
 
     def uses(self, shared: Shared) -> frozenset[Shared]:
@@ -131,12 +122,18 @@ class Context:
         """How many times as much gets done side by side: on a GPU models fill each other's gaps."""
         return self.jobs if self.accelerator.type == "cpu" else {**self.jobs, "accelerator": 1}
 
-    def threads_of_each(self, tasks: int) -> int | None:
-        """Threads of each of several tasks side by side on the cores; None: they come in turn."""
+    def threads_of_each(self, tasks: int, *, staggered: bool = False) -> int | None:
+        """Threads of each of several tasks side by side on the cores; None: they come in turn.
+
+        Their equal share, rounded down. Tasks that come to the cores one after the other are not
+        all there at once: theirs is rounded up.
+        """
         jobs = self.jobs["cores"]
         if jobs == 1:
             return None
-        return _omp_num_threads() or max(1, _cores() // min(jobs, tasks))
+        side_by_side = min(jobs, tasks)
+        share = -(-_cores() // side_by_side) if staggered else _cores() // side_by_side
+        return _omp_num_threads() or max(1, share)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -158,7 +155,8 @@ class Context:
         for target in wanted:
             if target >= n_classes:
                 raise UsageError(
-                    f"craft.targets names class {target}, but {self.data.name} has {n_classes}"
+                    f"craft.targets names class {target}, but the classes of {self.data.name} are "
+                    f"0 to {n_classes - 1}"
                 )
         return wanted
 

@@ -18,7 +18,8 @@ from harness.crafting.arithmetic import images_at_once
 from harness.models.folded import fold
 from harness.models.resnet import ModelSpec, build_model
 from harness.pipeline.context import TRAIN_THREADS, Context, use_cpu_threads
-from harness.pipeline.tasks import Shared, Task, phases
+from harness.pipeline.running import phases
+from harness.pipeline.tasks import Shared, Task
 
 BATCH = 64
 REPETITIONS = 5
@@ -90,10 +91,31 @@ def elapsed_seconds(
         rates: of this machine.
         speedups: `Context.speedups`.
     """
-    return sum(
-        max(sum(_group_seconds(group, rates, speedups) for group in lane) for lane in lanes)
-        for lanes in phases(tasks)
-    )
+    return sum(_phase_seconds(lanes, rates, speedups) for lanes in phases(tasks))
+
+
+def _phase_seconds(
+    lanes: Sequence[Sequence[Sequence[Task]]], rates: Rates, speedups: Mapping[Shared, int]
+) -> float:
+    """The longest lane; and what waits for another's group cannot all be done when that is."""
+    ends: dict[str, float] = {}
+    longest = 0.0
+    for lane in lanes:
+        at = 0.0
+        for group in lane:
+            at += _group_seconds(group, rates, speedups)
+            ends.update((task.name, at) for task in group)
+        longest = max(longest, at)
+    for group in (group for lane in lanes for group in lane):
+        own = {task.name for task in group}
+        begins = {
+            task.name: max((ends[n] for n in task.after if n in ends and n not in own), default=0.0)
+            for task in group
+        }
+        last = max(begins.values())
+        shortest = min(rates.seconds(task) for task in group if begins[task.name] == last)
+        longest = max(longest, last + shortest)
+    return longest
 
 
 def _group_seconds(tasks: Sequence[Task], rates: Rates, speedups: Mapping[Shared, int]) -> float:

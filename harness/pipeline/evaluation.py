@@ -36,8 +36,6 @@ from harness.store import Store
 
 DEVICE_COST = 0.5
 """Of onnxruntime's forward pass on one core, in PyTorch's."""
-ON_CORES_IN_TURN = 2
-"""Times its share of the cores that a model takes where it comes from a GPU: others are there."""
 _TURN = threading.Lock()
 """A GPU predicts for one model after another: the first goes on to the cores while others wait."""
 
@@ -101,16 +99,16 @@ def evaluate_task(
     """Evaluate one victim, clean and under each UAP, on the device and in PyTorch.
 
     On this machine models are evaluated side by side, up to `beside` of them, each on its share of
-    the cores: small models are faster so, and where PyTorch has a GPU the cores have nothing else
-    to do. A board has one runner, and a time budget is of a machine that does nothing else.
+    the cores: small models are faster so. Where PyTorch has a GPU, they take turns there first. A
+    board has one runner, and a time budget is of a machine that does nothing else.
     """
     if victim.reference is None and not victim.of_code:
         # PyTorch has no say about a file that a user brought: nothing would correct a sample.
         budget = replace(budget, images=None)
     in_crew = device.name == "local" and not budget.limited
-    threads = context.threads_of_each(beside) if in_crew else None
-    if threads and victim.reference and context.accelerator.type != "cpu":
-        threads *= ON_CORES_IN_TURN
+    # From a GPU they come to the cores one after the other.
+    staggered = victim.reference is not None and context.accelerator.type != "cpu"
+    threads = context.threads_of_each(beside, staggered=staggered) if in_crew else None
     conditions = 1 + len(uap_paths)
     images = len(context.data.evaluation)
     on_cores = DEVICE_COST * conditions * budget.of(images) / (threads or 1)

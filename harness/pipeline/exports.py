@@ -14,7 +14,14 @@ import onnxruntime
 
 from devices.local import LocalDevice
 from export.cost import cost_card, uncounted_operators
-from export.exporter import Exported, add_memory, export_model, load_manifest, manifest_cost
+from export.exporter import (
+    EXPORT_SETTINGS,
+    Exported,
+    add_memory,
+    export_model,
+    load_manifest,
+    manifest_cost,
+)
 from export.integer_layers import Kernel
 from export.static_int8 import export_static_int8
 from harness.artefacts import cache_key
@@ -177,6 +184,13 @@ def _export(
     if isinstance(variant, Derived):
         DERIVED_EXPORTS[variant.method](model, reference_form(trained), **request)
     else:
+        compared, total = 0, len(EXPORT_SETTINGS) * len(context.data.calibration)
+
+        def advance(images: int) -> None:
+            nonlocal compared
+            compared += images
+            progress(0.9 * min(1.0, compared / total), "")
+
         export_model(
             model,
             # The integer network is its own reference; the float one answers to the trained model.
@@ -184,6 +198,7 @@ def _export(
             align=context.config.export.align,
             packed=not compat,
             kernels=_kernels(context, variant, compat=compat),
+            progress=advance,
             **request,
         )
     progress(0.9, "memory")

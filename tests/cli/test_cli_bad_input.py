@@ -218,7 +218,7 @@ BAD_UAP = "UAP {dir}/bad.pt"
         prepare=lambda workspace, folder: (folder / "bad.pt").mkdir(),
     ),
     Case(
-        *("a tensor", ATTACK, (BAD_UAP, "not a dictionary")),
+        *("a tensor", ATTACK, (BAD_UAP, "not a dictionary of delta, eps")),
         prepare=lambda workspace, folder: torch.save(delta(), folder / "bad.pt"),
     ),
     Case(

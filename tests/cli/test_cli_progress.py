@@ -20,7 +20,8 @@ from harness.cli.progress import PLAIN_INTERVAL_SECONDS, ConsoleReporter, durati
 from harness.pipeline.context import Context
 from harness.pipeline.evaluation import evaluate_task
 from harness.pipeline.experiment import variant_victim
-from harness.pipeline.tasks import Progress, Task, run_tasks
+from harness.pipeline.running import run_tasks
+from harness.pipeline.tasks import Progress, Task
 from harness.sampling import Budget
 from harness.workspace import open_workspace
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.pipeline.estimate import Rates, elapsed_seconds
-from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task, phases, run_tasks
+from harness.pipeline.running import phases, run_tasks
+from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task
 from harness.records import TimeLimitReached
 
 WAIT_SECONDS = 20.0
@@ -147,10 +150,11 @@ def test_a_failure_in_one_lane_ends_the_other(where: str, error: BaseException) 
     assert not unreached.is_set()
 
 
+@dataclass(frozen=True)
 class WhenSaid(Deadline):
     """Over once an event is set."""
 
-    said = threading.Event()
+    said: threading.Event = field(default_factory=threading.Event)
 
     @property
     def is_over(self) -> bool:
@@ -174,6 +178,45 @@ def test_time_that_is_over_ends_both_and_leaves_the_rest() -> None:
     assert "e at 25 %" in str(raised.value)
 
 
+@pytest.mark.parametrize("where", ["cores", "accelerator"])
+def test_a_failure_goes_before_the_time_that_was_over(where: str) -> None:
+    deadline, both = WhenSaid(), threading.Barrier(2)
+
+    def out_of_time(progress: Progress) -> None:
+        both.wait(WAIT_SECONDS)
+        deadline.said.set()
+        progress(0.5, "")
+
+    def fail(_progress: Progress) -> None:
+        both.wait(WAIT_SECONDS)
+        assert deadline.said.wait(WAIT_SECONDS)
+        raise RuntimeError("refused")
+
+    first, other = (fail, out_of_time) if where == "accelerator" else (out_of_time, fail)
+    with pytest.raises(RuntimeError, match="refused"):
+        run_tasks(
+            [trained("t", first), exported("e", other)], Silent(), jobs=JOBS, deadline=deadline
+        )
+
+
+def test_an_interrupt_ends_both_lanes() -> None:
+    both, stopped = threading.Barrier(2), []
+
+    def endless(progress: Progress) -> None:
+        if both.wait(WAIT_SECONDS) == 0:
+            _thread.interrupt_main()
+        try:
+            while True:
+                progress(0.5, "")
+        except BaseException:
+            stopped.append(True)
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([trained("t", endless), exported("e", endless)], Silent(), jobs=JOBS)
+    assert len(stopped) == 2
+
+
 def test_the_longest_lane_decides_how_long_a_phase_takes() -> None:
     rates = Rates(accelerator=1.0, core=2.0)
     speedups: dict[Shared, int] = {"accelerator": 1, "cores": 2}
@@ -182,3 +225,11 @@ def test_the_longest_lane_decides_how_long_a_phase_takes() -> None:
     assert elapsed_seconds(tasks, rates, speedups=speedups) == 6 + 1
     tasks.insert(2, exported("g"))
     assert elapsed_seconds(tasks, rates, speedups=speedups) == 9 + 1
+
+
+def test_the_last_export_begins_when_the_last_model_is_trained() -> None:
+    rates = Rates(accelerator=50.0, core=1.0)
+    tasks = [trained("t"), trained("u")]
+    tasks += [exported(f"{name} as a file", after=(name,)) for name in "tu"]
+    speedups: dict[Shared, int] = {"accelerator": 1, "cores": 2}
+    assert elapsed_seconds(tasks, rates, speedups=speedups) == 200 + 3

@@ -22,7 +22,6 @@ from harness.metrics import (
     most_unseen,
     paired_difference,
     summarise_latency,
-    tenths,
     wilson,
 )
 
@@ -321,12 +320,3 @@ def test_the_bound_is_the_largest_that_the_sample_leaves_possible(
     if most < population - n:
         beyond = stats.hypergeom.cdf(differing, population, differing + most + 1, n)
         assert beyond < 1 - confidence
-
-
-@given(st.integers(0, 2_000), st.sampled_from([20, 600, 2_000, 10_000]))
-def test_tenths_are_those_of_the_exact_fraction(k: int, n: int) -> None:
-    """Half-way goes up, as on paper, whatever the binary fraction is; sums end with noise."""
-    exact = (Fraction(1_000 * k, n) + Fraction(1, 2)).__floor__()
-    for value in (k / n, k / n + 1e-15, k / n - 1e-15):
-        assert tenths(value) == f"{exact // 10}.{exact % 10}"
-    assert tenths(np.float64(0.8635)) == "86.4"

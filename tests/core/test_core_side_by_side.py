@@ -12,6 +12,7 @@ import torch
 from harness.config import Config
 from harness.pipeline import context
 from harness.pipeline.context import Context
+from harness.pipeline.tasks import EVERYTHING
 from harness.workspace import create_workspace
 
 
@@ -48,6 +49,30 @@ def test_tasks_side_by_side_share_the_cores(
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
     here = Context(create_workspace(tmp_path, Config()), torch.device("cpu"))
     assert here.threads_of_each(tasks) == threads
+
+
+@pytest.mark.parametrize(
+    ("cores", "omp", "tasks", "threads"),
+    [(16, "", 10, 2), (16, "", 1, 16), (16, "2", 10, 2), (2, "", 10, 1), (1, "", 3, None)],
+)
+def test_what_comes_to_the_cores_in_turn_takes_more_of_them(
+    cores: int,
+    omp: str,
+    tasks: int,
+    threads: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    here = Context(create_workspace(tmp_path, Config()), torch.device("cpu"))
+    assert here.threads_of_each(tasks, staggered=True) == threads
+
+
+def test_only_beside_a_gpu_do_the_cores_do_something_else(tmp_path: Path) -> None:
+    workspace = create_workspace(tmp_path, Config())
+    assert Context(workspace, torch.device("cuda")).uses("cores") == {"cores"}
+    assert Context(workspace, torch.device("cpu")).uses("cores") == EVERYTHING
 
 
 def test_a_gpu_is_planned_as_if_models_were_trained_in_turn(

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.pipeline.estimate import Rates, elapsed_seconds
-from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task, run_tasks
+from harness.pipeline.running import run_tasks
+from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task
 from harness.records import TimeLimitReached
 
 WAIT_SECONDS = 20.0

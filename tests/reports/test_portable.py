@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reports.portable import portable
+from reports.words import tenths
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -43,3 +46,17 @@ def test_nothing_else_is_changed_and_twice_is_once(value: object) -> None:
         return type(one) is type(other) and one == other
 
     assert same(once, plain)
+
+
+@given(st.integers(-2_000, 2_000), st.sampled_from([20, 600, 2_000, 10_000]))
+def test_tenths_are_those_of_the_exact_fraction(k: int, n: int) -> None:
+    """Half-way goes away from zero, as on paper, whatever the binary fraction is, and its noise."""
+    exact = (Fraction(1_000 * abs(k), n) + Fraction(1, 2)).__floor__()
+    sign = "-" if k < 0 and exact else ""
+    for value in (k / n, k / n + 1e-15, k / n - 1e-15):
+        assert tenths(value) == f"{sign}{exact // 10}.{exact % 10}"
+
+
+def test_tenths_of_what_is_no_python_float() -> None:
+    assert tenths(np.float64(0.8635)) == "86.4"
+    assert (tenths(0), tenths(-0.0), tenths(1)) == ("0.0", "0.0", "100.0")
