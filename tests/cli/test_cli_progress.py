@@ -40,7 +40,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("harness.cli.progress.time", clock)
-    monkeypatch.setattr("harness.pipeline.tasks.time", clock)
+    monkeypatch.setattr("harness.pipeline.running.time", clock)
     return clock
 
 

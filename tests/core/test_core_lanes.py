@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -201,10 +201,12 @@ def test_a_failure_goes_before_the_time_that_was_over(where: str) -> None:
 
 def test_an_interrupt_ends_both_lanes() -> None:
     both, stopped = threading.Barrier(2), []
+    waiting = threading.main_thread().ident
+    assert waiting is not None
 
     def endless(progress: Progress) -> None:
         if both.wait(WAIT_SECONDS) == 0:
-            _thread.interrupt_main()
+            signal.pthread_kill(waiting, signal.SIGINT)
         try:
             while True:
                 progress(0.5, "")
