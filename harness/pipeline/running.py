@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 from harness.pipeline.tasks import EVERYTHING, TELLING, Deadline, Reporter, Shared, Task
 from harness.records import TimeLimitReached
@@ -80,6 +81,10 @@ class _Stopped(Exception):
     """Another task failed, or the user interrupted: raised inside a task to end it."""
 
 
+def _errors(futures: Sequence[Future[Any]]) -> list[BaseException]:
+    return [error for error in (future.exception() for future in futures) if error is not None]
+
+
 def _rank(error: BaseException) -> int:
     """Which of several errors the user sees: who was stopped, or out of time, did nothing wrong."""
     return 2 if isinstance(error, _Stopped) else 1 if isinstance(error, TimeLimitReached) else 0
@@ -115,7 +120,7 @@ class _Run:
                 self._stop()  # whoever is left, because another failed or the user interrupted
                 wait(futures)
                 self._stopping.clear()
-        if errors := [error for error in (future.exception() for future in futures) if error]:
+        if errors := _errors(futures):
             raise min(errors, key=_rank)
         return sum(future.result() for future in futures)
 
@@ -140,7 +145,7 @@ class _Run:
     def _crew(self, tasks: list[Task], jobs: int, names: set[str]) -> int:
         """Several at a time, the longest chain of dependent ones first."""
         waiting = sorted(tasks, key=lambda task: -_chain_work(task, tasks))
-        running: dict[Future[bool], Task] = {}
+        running: list[Future[bool]] = []
         ran = 0
 
         def ready() -> list[Task]:
@@ -149,25 +154,28 @@ class _Run:
         def changed() -> bool:
             return self._stopping.is_set() or any(f.done() for f in running) or bool(ready())
 
-        with ThreadPoolExecutor(jobs, thread_name_prefix="task") as pool:
-            try:
-                while waiting or running:
-                    for task in ready():
-                        waiting.remove(task)
-                        future = pool.submit(self._run_one, task)
-                        running[future] = task
-                        future.add_done_callback(lambda _: self._tell_lanes())
-                    with self._changed:
-                        self._changed.wait_for(changed)
-                    for future in [f for f in running if f.done()]:
-                        del running[future]
-                        ran += future.result()
-                    if self._stopping.is_set():
-                        raise _Stopped
-            except BaseException:
-                # The pool waits for its threads: each ends at its next sign of progress.
-                self._stop()
-                raise
+        try:
+            with ThreadPoolExecutor(jobs, thread_name_prefix="task") as pool:
+                try:
+                    while waiting or running:
+                        for task in ready():
+                            waiting.remove(task)
+                            running.append(pool.submit(self._run_one, task))
+                            running[-1].add_done_callback(lambda _: self._tell_lanes())
+                        with self._changed:
+                            self._changed.wait_for(changed)
+                        for future in [f for f in running if f.done()]:
+                            running.remove(future)
+                            ran += future.result()
+                        if self._stopping.is_set():
+                            raise _Stopped
+                except BaseException:
+                    # The pool waits for its threads: each ends at its next sign of progress.
+                    self._stop()
+                    raise
+        except (_Stopped, TimeLimitReached) as ended:
+            # What failed while others were stopped is what the user should see.
+            raise min([ended, *_errors(running)], key=_rank) from None
         return ran
 
     def _has_all(self, task: Task, names: set[str]) -> bool:

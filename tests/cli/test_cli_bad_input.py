@@ -380,7 +380,7 @@ TOML: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "range": ("width = 4", "width = 0", ("width = 0", "from 1 to 1024")),
     "eps": ("eps = [4, 10]", "eps = [4, 300]", ("craft.eps[1] = 300.0", "from 1 to 255")),
     "eps nan": ("eps = [4, 10]", "eps = [nan]", ("craft.eps[0]", "nan")),
-    "target": ("targets = [0, 1]", "targets = [0, 12]", ("craft.targets", "12", "10")),
+    "target": ("targets = [0, 1]", "targets = [0, 12]", ("craft.targets", "12", "0 to 9")),
     "preset": ('"quickstart"', '"quick"', ("unknown preset 'quick'", "quickstart")),
     "arch": ("width = 4", 'width = 4\narch = "vgg"', ("arch", "resnet18")),
     "protocol": ("width = 4", 'width = 4\nprotocol = "p"', ("protocol", "clean")),
