@@ -55,8 +55,10 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.close()
+        if isinstance(error, sqlite3.Error) and (said := cannot_write(error, self._path)):
+            raise said from None
 
     def close(self) -> None:
         """Close the database file."""

@@ -77,7 +77,7 @@ def where_measured(view: View) -> str:
         f"Measured on {place}, on a sample of {span(*sizes)} of {whole:,} images. Error rates are"
         f" estimates for all {whole:,}: PyTorch\u2019s, corrected by where the sample differs from"
         " it, with intervals that say how sure that is; where PyTorch was not run they are the"
-        " sample\u2019s own. Tests compare models on the images that both saw; where those are"
-        " enough, on all of them too, with as many turned against a difference as they leave"
-        " possible."
+        " sample\u2019s own, as targeted success rates are. Tests compare models on the images that"
+        " both saw; where those are enough, on all of them too, with as many turned against a"
+        " difference as they leave possible."
     )

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 
 from harness.records import CONTROLS, DEPLOYABLE, ResultRow, UsageError
+from harness.sources import is_source
 from harness.store import Store
 from reports.view import GRADIENT_FREE, Craft, DeviceId, VariantView
 
@@ -119,11 +120,14 @@ def choose_baseline(store: Store, variants: tuple[VariantView, ...], wanted: str
 def over_what_all_met(variants: tuple[VariantView, ...]) -> tuple[VariantView, ...]:
     """The same models, with worst cases that compare where they are the user's own.
 
-    One more perturbation on one of them must not set it apart. The experiment's variants meet what
-    the experiment has; where they do not, that is said of them.
+    One more perturbation on one of them must not set it apart, nor one that a user made on one
+    variant. The experiment's variants meet what the experiment has; where they do not, that is said
+    of them.
     """
     judged = [v for v in variants if v.white_box is not None]
-    if len(judged) < 2 or any(v.name in DEPLOYABLE for v in variants):
+    if len(judged) < 2:
         return variants
     met = frozenset.intersection(*(frozenset(v.attacked) for v in judged))
+    if any(v.name in DEPLOYABLE for v in variants):
+        met |= {source for v in variants for source in v.attacked if is_source(source)}
     return tuple(replace(v, met_by_all=met) for v in variants)

@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.metrics import UNSEEN, Classes, Latency
-from harness.records import CONTROLS, EvaluationSet, Machine, ModelRecord, ResultRow, UapRecord
+from harness.records import (
+    CONTROLS,
+    DEPLOYABLE,
+    EvaluationSet,
+    Machine,
+    ModelRecord,
+    ResultRow,
+    UapRecord,
+)
 from harness.seeds import SeedGroup, key_of
 from harness.sources import FLEET
 from reports.words import label_of
@@ -107,13 +115,17 @@ class VariantView:
         budgets = {row.eps for row in self.attacked.values()}
         apart = [row for eps, row in self.left_out.items() if eps in budgets]
         apart += [] if self.gradient_free is None else [self.gradient_free]
+        return max([*self.faced.values(), *apart], key=_uer, default=None)
+
+    @property
+    def faced(self) -> dict[str, ResultRow]:
+        """What its worst case is over, by source, besides what was made for it alone."""
         met = self.met_by_all
-        faced = [
-            row
+        return {
+            source: row
             for source, row in self.attacked.items()
             if met is None or source in met or source == self.name
-        ]
-        return max([*faced, *apart], key=_uer, default=None)
+        }
 
     @property
     def mean_tsr(self) -> float | None:
@@ -186,12 +198,13 @@ class View:
             base = max(self.variants, key=lambda v: len(v.attacked))
         if (variant.gradient_free is None) != (base.gradient_free is None):
             return False
-        if variant.attacked.keys() == base.attacked.keys():
-            return bool(variant.attacked)
-        if variant.met_by_all is not None:
-            return variant.white_box is not None and base.white_box is not None
+        if variant.faced.keys() == base.faced.keys():
+            return bool(variant.faced)
         own = variant.white_box is not None and base.white_box is not None
-        return own and len(variant.attacked) == len(base.attacked)
+        of_the_experiment = any(v.name in DEPLOYABLE for v in self.variants)
+        if variant.met_by_all is not None and not of_the_experiment:
+            return own
+        return own and len(variant.faced) == len(base.faced)
 
     @property
     def transfer_budgets(self) -> list[float]:

@@ -55,7 +55,7 @@ $ python scripts/publish.py . {folder}{published_beside}
 `harness.toml` holds every seed and setting. The report, from the stored predictions alone:
 
 ```console
-$ xz --decompress --keep {store}{other} && harness report --workspace . --out report{beside}
+$ xz --decompress --keep --force {store}{other} && harness report --workspace . --out report{beside}
 ```
 
 - `report/index.html`: the report; beside it CSV, JSON, Markdown, LaTeX

@@ -62,12 +62,15 @@ def _is_own(context: Context, path: Path, perturbation: Perturbation) -> bool:
 
 
 def _is_taken(context: Context, record: UapRecord) -> bool:
-    """Whether a file says that it is of a model of the user's, but is not what was crafted here."""
-    if _exported_as(context, record.source) is None:
-        return False
+    """Whether a file says that it is what the workspace has another file of.
+
+    Of a model of the user's everything that was not crafted here is another's.
+    """
     name = UapName(record.source, record.eps, target=record.target, seed=record.seed)
     ours = context.workspace.uap(name)
-    return not ours.exists() or context.sha256(ours) != record.sha256
+    if ours.exists():
+        return context.sha256(ours) != record.sha256
+    return _exported_as(context, record.source) is not None
 
 
 def _exported_as(context: Context, source: str) -> dict[str, Any] | None:

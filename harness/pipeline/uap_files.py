@@ -108,7 +108,10 @@ def check_request(context: Context, name: UapName) -> None:
         raise UsageError(f"{name.stem}: seed {name.seed} must be below 2^31")
     if name.target is not None and name.target >= len(context.data.classes):
         n_classes = len(context.data.classes)
-        raise UsageError(f"{name.stem}: target {name.target}, but there are {n_classes} classes")
+        raise UsageError(
+            f"{name.stem}: target {name.target}, but there are {n_classes} classes,"
+            f" 0 to {n_classes - 1}"
+        )
 
 
 def check_name(context: Context, name: UapName) -> None:

@@ -383,3 +383,17 @@ def test_a_store_in_a_folder_that_may_not_be_written_is_read_as_it_lies(
     (tmp_path / "results.db-wal").write_bytes(b"rows that were not moved yet")
     with pytest.raises(HarnessError, match="left while it was written"):
         open_store(path)
+
+
+def test_a_store_that_is_damaged_within_is_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    with open_store(path) as store:
+        for i in range(200):
+            store.add_uap(replace(uap_record(f"{i}"), meta={"note": "x" * 4000}))
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(255 for _ in range(third))
+    path.write_bytes(content)
+    said = r"results\.db is damaged .*put a copy of it back"
+    with pytest.raises(HarnessError, match=said), open_store(path, create=False) as store:
+        store.uaps()

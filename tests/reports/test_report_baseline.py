@@ -58,6 +58,22 @@ def test_of_models_of_their_own_the_first_measured_is_the_baseline(tmp_path):
     assert sources == ("zeta", "alpha", "mid")
 
 
+def test_a_perturbation_of_ones_own_on_one_variant_leaves_the_answer(tmp_path):
+    with synthetic.full_store(tmp_path / "r.db") as store:
+        before = headline(build_view(store))
+        planter = synthetic.Planter(store, synthetic.evaluation_set())
+        mine = uap("mine", 10.0)
+        store.add_uap(mine)
+        store.add_prediction_runs([planter.run("full", mine, planter.erring(0.99, "mine"))])
+        view = build_view(store)
+    assert headline(view) == before
+    (full,) = (v for v in view.variants if v.name == "full")
+    assert "mine" in full.attacked
+    assert full.worst is not None
+    assert full.worst.uap_source != "mine"
+    assert any("not over mine" in note for note in view.notes)
+
+
 def test_it_stays_the_baseline_when_it_is_measured_again(tmp_path):
     with store_of(tmp_path) as store:
         evaluation = synthetic.evaluation_set()
