@@ -5,8 +5,9 @@ Enters: a file, what the work is. Leaves: its state, to go on from there.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ class Keeper:
         interval = SAVE_INTERVAL_SECONDS * max(1.0, self._cost / CHEAP_SAVE_SECONDS)
         if began - self._last_save <= interval:
             return
-        write_partial(self._partial, key=self._key, state=state())
+        self._save(state())
+
+    @contextlib.contextmanager
+    def before_the_end(self, state: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Save the state if what is done inside, telling of a step, ends the work.
+
+        So a time limit costs nothing, however short it is.
+        """
+        try:
+            yield
+        except Exception:
+            self._save(state())
+            raise
+
+    def _save(self, state: dict[str, Any]) -> None:
+        began = time.monotonic()
+        write_partial(self._partial, key=self._key, state=state)
         self._last_save = time.monotonic()
         self._cost = self._last_save - began

@@ -188,21 +188,22 @@ def craft_together(
 
     order = order_of(at_step // per_epoch)
 
-    def save(step: int) -> None:
-        keeper.keep(
-            lambda: {
-                "step": step,
-                "delta": delta.cpu(),
-                "velocity": velocity.cpu(),
-                "seen": seen.state(),
-                "waves": [astuple(wave) for wave in waves],
-                "searching": searching,
-            }
-        )
+    def state(step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "delta": delta.cpu(),
+            "velocity": velocity.cpu(),
+            "seen": seen.state(),
+            "waves": [astuple(wave) for wave in waves],
+            "searching": searching,
+        }
 
-    def keep(state: dict[str, Any]) -> None:
+    def save(step: int) -> None:
+        keeper.keep(lambda: state(step))
+
+    def keep(found: dict[str, Any]) -> None:
         nonlocal searching
-        searching = state
+        searching = found
         save(at_step)
 
     with crafted_on(networks, batch_statistics=rule.batch_statistics, device=device) as functions:
@@ -244,7 +245,8 @@ def craft_together(
             delta = delta + direction * (fraction * eps) * update.sign()
             delta = torch.minimum(torch.maximum(delta, -eps), eps)
             seen.add(loss, over, gradient, images=batch.shape[1])
-            progress(batch.numel())
+            with keeper.before_the_end(lambda t=t: state(t + 1)):  # type: ignore[misc]
+                progress(batch.numel())
             if t + 1 < steps:
                 save(t + 1)
         found = []

@@ -4,7 +4,7 @@ Enters: a list of tasks in an order that respects their dependencies. Leaves: th
 The artefacts on disk are the only state: kill the process anywhere and run the same list again.
 
 A time limit ends it like a kill, but with a word: what runs stops at its next sign of progress, so
-what it did after its last save, a few seconds, is done again.
+what it did after its last save, a few seconds at most, is done again.
 
 Tasks that follow each other and may run side by side do so, in threads of this process: what
 they spend their time on (PyTorch) releases the interpreter, and they die with it. So do groups of

@@ -109,13 +109,22 @@ def train(
             _train_step(model, optimizer, images[batch], labels[batch], recipe, rng)
             done += batch.numel()
             if done < n:
-                keeper.keep(functools.partial(_state, model, optimizer, epoch, step + 1, rng))
-            progress(epoch * n + done, recipe.epochs * n, f"epoch {epoch + 1}/{recipe.epochs}")
+                state = functools.partial(_state, model, optimizer, epoch, step + 1, rng)
+                keeper.keep(state)
+                with keeper.before_the_end(state):
+                    progress(epoch * n + done, recipe.epochs * n, _named(epoch, recipe))
         if recipe.after_epoch is not None:
             recipe.after_epoch(model)
+        state = functools.partial(_state, model, optimizer, epoch + 1, 0)
         if epoch + 1 < recipe.epochs:
-            keeper.keep(functools.partial(_state, model, optimizer, epoch + 1, 0))
+            keeper.keep(state)
+        with keeper.before_the_end(state):
+            progress((epoch + 1) * n, recipe.epochs * n, _named(epoch, recipe))
     model.eval()
+
+
+def _named(epoch: int, recipe: Recipe) -> str:
+    return f"epoch {epoch + 1}/{recipe.epochs}"
 
 
 @dataclass(frozen=True)

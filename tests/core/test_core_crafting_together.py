@@ -250,11 +250,11 @@ class Killed(Exception):
 @pytest.mark.parametrize(
     ("settings", "after", "step", "searched"),
     [
-        (MOMENTUM, 14, 14, 0),
+        (MOMENTUM, 14, 15, 0),
         # A search of 160 passes tells of its progress five times.
         (replace(WAVES, restarts=2), 3, 0, 0),
         (replace(WAVES, restarts=2), 20, 0, 4),
-        (replace(WAVES, restarts=2), 60, 35, 5),
+        (replace(WAVES, restarts=2), 60, 36, 5),
     ],
 )
 def test_a_killed_pass_continues_to_the_very_same_perturbations(
