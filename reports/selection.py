@@ -273,8 +273,8 @@ def _not_met_by_all(variants: tuple[VariantView, ...]) -> tuple[str, ...]:
     if not others:
         return ()
     return (
-        "Worst cases are over the perturbations that every model faced, and its own: not over"
-        f" {listed([label_of(source) for source in sorted(others)])}.",
+        f"Worst cases leave out {listed([label_of(source) for source in sorted(others)])}, which"
+        " not every model faced.",
     )
 
 

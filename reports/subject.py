@@ -124,10 +124,11 @@ def over_what_all_met(variants: tuple[VariantView, ...]) -> tuple[VariantView, .
     variant. The experiment's variants meet what the experiment has; where they do not, that is said
     of them.
     """
-    judged = [v for v in variants if v.white_box is not None]
+    of_the_experiment = any(v.name in DEPLOYABLE for v in variants)
+    judged = [v for v in variants if (v.attacked if of_the_experiment else v.white_box)]
     if len(judged) < 2:
         return variants
     met = frozenset.intersection(*(frozenset(v.attacked) for v in judged))
-    if any(v.name in DEPLOYABLE for v in variants):
+    if of_the_experiment:
         met |= {source for v in variants for source in v.attacked if is_source(source)}
     return tuple(replace(v, met_by_all=met) for v in variants)

@@ -195,7 +195,7 @@ class View:
         """
         base = self.baseline
         if base is None or not base.attacked:
-            base = max(self.variants, key=lambda v: len(v.attacked))
+            base = max(self.variants, key=lambda v: len(v.faced))
         if (variant.gradient_free is None) != (base.gradient_free is None):
             return False
         if variant.faced.keys() == base.faced.keys():

@@ -208,18 +208,19 @@ def craft_together(
 
     with crafted_on(networks, batch_statistics=rule.batch_statistics, device=device) as functions:
         for job in jobs[len(waves) :] if rule.waves else ():
-            found_wave = find_wave(
-                [functions[i] for i in _members(job, len(networks))],
-                images,
-                labels[rule.restarts * len(waves)],
-                eps=job.request.eps,
-                targeted=job.request.target is not None,
-                seed=job.seed,
-                passes=rule.waves,
-                progress=lambda forwards: progress(forwards // 2),
-                saved=searching or None,
-                save=keep,
-            )
+            with keeper.before_the_end(lambda: state(at_step)):
+                found_wave = find_wave(
+                    [functions[i] for i in _members(job, len(networks))],
+                    images,
+                    labels[rule.restarts * len(waves)],
+                    eps=job.request.eps,
+                    targeted=job.request.target is not None,
+                    seed=job.seed,
+                    passes=rule.waves,
+                    progress=lambda forwards: progress(forwards // 2),
+                    saved=searching or None,
+                    save=keep,
+                )
             waves.append(found_wave.wave)
             searching = {}
             save(at_step)

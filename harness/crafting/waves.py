@@ -207,7 +207,7 @@ def find_wave(
         best = np.argsort(-sums[left], kind="stable")[: -(-count // 2)]
         left = sorted(left[i] for i in best)
         state = {"left": left, "seen": seen, "scale": scale, "forwards": forwards}
-        save({**state, "sums": torch.from_numpy(sums)})
+        save({**state, "sums": torch.from_numpy(sums.copy())})
     finalists = [Wave(*known[left[0]], *v) for v in FORMS]
     k = min(n, max(1, (passes - forwards) // len(finalists)))
     found = margins([[wave] for wave in finalists], k)
@@ -291,7 +291,17 @@ def craft_fourier(
     """
     labels = torch.from_numpy(split.labels).to(device)
     keeper = Keeper(partial, key)
-    with crafted_on(models, batch_statistics=False, device=device) as functions:
+    state = keeper.kept() or {}
+
+    def save(after_a_round: dict[str, Any]) -> None:
+        nonlocal state
+        state = after_a_round
+        keeper.keep(lambda: state)
+
+    with (
+        crafted_on(models, batch_statistics=False, device=device) as functions,
+        keeper.before_the_end(lambda: state),
+    ):
         found = find_wave(
             functions,
             torch.from_numpy(split.images).to(device),  # uint8, resident
@@ -301,8 +311,8 @@ def craft_fourier(
             seed=seed,
             passes=settings.passes,
             progress=progress,
-            saved=keeper.kept(),
-            save=lambda state: keeper.keep(lambda: state),
+            saved=state or None,
+            save=save,
         )
     shape: Shape = (split.images.shape[1], split.images.shape[2], split.images.shape[3])
     return Searched(found.wave.signs(shape) * float(math.floor(eps)), found)

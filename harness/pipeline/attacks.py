@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness.config_rules import ATTACKS
 from harness.crafting.perturbation import Perturbation, check_fits, load_perturbation, uap_record
 from harness.models.brought import NAME
 from harness.pipeline.context import Context
@@ -66,7 +67,11 @@ def _is_taken(context: Context, record: UapRecord) -> bool:
 
     Of a model of the user's everything that was not crafted here is another's.
     """
+    if not NAME.fullmatch(record.source):  # whatever a stranger wrote
+        return False
     name = UapName(record.source, record.eps, target=record.target, seed=record.seed)
+    if record.attack in ATTACKS and record.attack != context.config.attack:
+        name = replace(name, attack=record.attack)
     ours = context.workspace.uap(name)
     if ours.exists():
         return context.sha256(ours) != record.sha256

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from harness.config import Config
 from harness.config_file import config_from_dict
+from harness.crafting.perturbation import Perturbation, save_perturbation
 from harness.pipeline.attack_settings import settings_of
+from harness.pipeline.attacks import load_attack
 from harness.pipeline.checkpoints import valid_checkpoint
 from harness.pipeline.context import Context
 from harness.pipeline.experiment import locate_uap
@@ -61,6 +64,34 @@ def test_an_attack_that_cannot_be_named_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         craft_tasks(context(tmp_path), [name])
+
+
+def test_a_namesake_of_the_workspaces_own_is_told_apart(tmp_path: Path) -> None:
+    ours = context(tmp_path)
+
+    def made(attack: str, level: float, source: str = "full") -> Perturbation:
+        delta = np.full((3, 32, 32), level / 255, dtype=np.float32)
+        meta = {"attack": attack, "key": "k"}
+        return Perturbation(delta, 10.0, source, None, "digits", "clean", 0, meta)
+
+    own = {
+        UapName("full", 10.0): made("momentum", 3.0),
+        UapName("full", 10.0, attack="fourier"): made("fourier", 5.0),
+    }
+    ours.workspace.cache.mkdir(parents=True)
+    for name, perturbation in own.items():
+        save_perturbation(ours.workspace.uap(name), perturbation)
+        copy = tmp_path / f"{name.stem}.pt"
+        save_perturbation(copy, perturbation)
+        assert load_attack(ours, copy).record.source == "full"
+    for stranger, label in [
+        (made("momentum", 7.0), "full (elsewhere)"),
+        (made("fourier", 7.0), "full (elsewhere)"),
+        (made("momentum", 7.0, "pp2"), "pp2"),  # the workspace has none of it
+        (made("momentum", 7.0, "../" + "x" * 300), "../" + "x" * 300),
+    ]:
+        save_perturbation(tmp_path / "mine.pt", stranger)
+        assert load_attack(ours, tmp_path / "mine.pt").record.source == label
 
 
 def test_the_perturbations_of_a_source_are_one_pass(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from harness.data.splits import Split
 from harness.inference import predict
 from harness.models.folded import fold
 from harness.models.integerise import integerise
+from harness.records import TimeLimitReached
 
 
 class ForwardOnly(nn.Module):
@@ -274,6 +275,26 @@ def test_a_killed_search_continues_to_the_very_same_wave(
     assert resumed.found == expected.found
     assert sum(counts) == expected.found.forwards - saved["forwards"] < expected.found.forwards
     assert np.array_equal(resumed.delta_255, expected.delta_255)
+
+
+def test_what_ends_a_search_finds_its_last_round_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "SAVE_INTERVAL_SECONDS", 1e9)
+    model, partial = fold(trained()), tmp_path / "partial.pt"
+    expected = search(model, tmp_path / "whole.pt")
+    left = itertools.count()
+
+    def ends(_n: int) -> None:
+        if next(left) == 6:
+            raise TimeLimitReached
+
+    with pytest.raises(TimeLimitReached):
+        search(model, partial, progress=ends)
+    counts: list[int] = []
+    resumed = search(model, partial, progress=counts.append)
+    assert resumed.found == expected.found
+    assert sum(counts) < expected.found.forwards
 
 
 def test_momentum_does_not_lose_to_a_wave(tmp_path: Path) -> None:

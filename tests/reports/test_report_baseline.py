@@ -71,7 +71,7 @@ def test_a_perturbation_of_ones_own_on_one_variant_leaves_the_answer(tmp_path):
     assert "mine" in full.attacked
     assert full.worst is not None
     assert full.worst.uap_source != "mine"
-    assert any("not over mine" in note for note in view.notes)
+    assert any("leave out mine" in note for note in view.notes)
 
 
 def test_it_stays_the_baseline_when_it_is_measured_again(tmp_path):
@@ -198,7 +198,7 @@ def test_one_more_perturbation_on_one_model_sets_nobody_apart(tmp_path):
     assert view.set_apart == []
     assert headline(view) == before
     assert view.variants[2].worst.uer == pytest.approx(0.8)
-    assert any("not over from elsewhere" in note for note in view.notes)
+    assert any("leave out from elsewhere" in note for note in view.notes)
     sources = heat.heat_map(view, 10.0).sources
     assert "from elsewhere" in sources  # it is shown, where it was applied
 
