@@ -118,11 +118,11 @@ def choose_baseline(store: Store, variants: tuple[VariantView, ...], wanted: str
 
 
 def over_what_all_met(variants: tuple[VariantView, ...]) -> tuple[VariantView, ...]:
-    """The same models, with worst cases that compare where they are the user's own.
+    """The same models, with worst cases that compare.
 
-    One more perturbation on one of them must not set it apart, nor one that a user made on one
-    variant. The experiment's variants meet what the experiment has; where they do not, that is said
-    of them.
+    One more perturbation on one of the user's own models must not set it apart, nor one of theirs
+    on one variant. The experiment's variants meet what the experiment has; where they do not, that
+    is said of them.
     """
     of_the_experiment = any(v.name in DEPLOYABLE for v in variants)
     judged = [v for v in variants if (v.attacked if of_the_experiment else v.white_box)]
