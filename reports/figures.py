@@ -20,6 +20,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports.labels import place_labels
 from reports.words import FULL_BLUE, METHOD_COLOURS, NBSP, VARIANT_ORANGE, clean_text, count, size
 
 _INK, _SOFT, _GRID, _PAPER = "#010203", "#010204", "#010205", "#010206"
@@ -214,45 +215,25 @@ def _tick(value: float, text: str) -> str:
 
 
 def _label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Put each label where it covers neither a point nor another label, nearest place first."""
-    place = axes.transData.transform
-    box = axes.bbox
-    spots = [tuple(map(float, place((p.x, 100 * p.y)))) for p in points]
+    """Name every point beside itself; those on the front choose their places first."""
     scale = axes.figure.dpi / 72
-    taken = [(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in spots]
-    directions = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+    place = axes.transData.transform
+    corners = [place((p.x, 100 * p.y)) for p in points]
+    spots = [(float(x) / scale, float(y) / scale) for x, y in corners]
+    left, bottom, right, top = (float(v) / scale for v in axes.bbox.extents)
+    frame = (left, bottom, right, top)
     order = sorted(range(len(points)), key=lambda i: (not points[i].front, spots[i]))
-    for i in order:
-        x, y = spots[i]
-        width, height = (5.6 * len(points[i].label) + 2) * scale, 10.5 * scale
-        best: tuple[float, tuple[float, float, float, float]] | None = None
-        for radius in (8, 15, 24, 34, 46):
-            for rank, (dx, dy) in enumerate(directions):
-                cx = x + dx * (radius * scale + width / 2)
-                cy = y + dy * (radius * scale + height / 2 - 3 * scale)
-                spot = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
-                cost = radius + 0.5 * rank + sum(400 * _overlap(spot, other) for other in taken)
-                cost += 1e4 * (1 - _overlap(spot, (box.x0, box.y0, box.x1, box.y1)))
-                if best is None or cost < best[0]:
-                    best = (cost, spot)
-        assert best is not None
-        spot = best[1]
-        taken.append(spot)
-        cx, cy = (spot[0] + spot[2]) / 2, (spot[1] + spot[3]) / 2
-        far = abs(cx - x) - width / 2 > 13 * scale or abs(cy - y) > 20 * scale
+    sizes = [(5.6 * len(p.label) + 2, 10.5) for p in points]
+    for p, (x, y), label in zip(
+        points, spots, place_labels(spots, sizes, frame, order=order), strict=True
+    ):
+        line = {"arrowstyle": "-", "color": p.colour, "lw": 0.6, "shrinkB": 4}
         axes.annotate(
-            points[i].label, (points[i].x, 100 * points[i].y),
-            ((cx - x) / scale, (cy - y) / scale), textcoords="offset points",
-            ha="center", va="center_baseline", color=points[i].colour, zorder=6, weight="bold",
-            arrowprops={"arrowstyle": "-", "color": points[i].colour, "lw": 0.6} if far else None,
+            p.label, (p.x, 100 * p.y),
+            (label.centre[0] - x, label.centre[1] - y), textcoords="offset points",
+            ha="center", va="center_baseline", color=p.colour, zorder=6, weight="bold",
+            arrowprops=line if label.led else None,
         )  # fmt: skip
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Share of `a` that lies in `b`."""
-    wide = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    tall = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    return wide * tall / ((a[2] - a[0]) * (a[3] - a[1]))
 
 
 def _svg(

@@ -136,13 +136,13 @@ def _no_survivor(view: View, at: str, tests: list[Comparison]) -> str:
 
 
 def _with_more_room(view: View, tests: Sequence[Comparison]) -> str:
-    """Where all are as good as guessing: what a budget says that the baseline half withstands."""
+    """Where the baseline is as good as guessing: what a budget says that it half withstands."""
     full = view.baseline
-    rates = [tests[0].baseline_rate, *(test.rate for test in tests)]
-    everyone = all(near_ceiling(view, rate) for rate in rates)
-    if full is None or not everyone or any(test.matters for test in tests):
+    near = [near_ceiling(view, rate) for rate in (tests[0].baseline_rate, *(t.rate for t in tests))]
+    if full is None or not near[0] or any(test.matters for test in tests):
         return ""
-    text = f" A guess errs on {percent(ceiling(view))}: this budget leaves no room to differ."
+    text = f" A guess errs on {percent(ceiling(view))}: this budget leaves"
+    text += " no room to differ." if all(near) else f" {full.label} no room to err more."
     clean = rate_of(full.clean) if full.clean is not None else 0.0
     half = (clean + ceiling(view)) / 2
     by_eps = {row.eps: rate_of(row) for row in full.curve if row.eps is not None}

@@ -175,6 +175,17 @@ def test_where_all_are_as_good_as_a_guess_a_smaller_budget_is_asked(planter, sto
     )
 
 
+def test_where_only_the_baseline_is_as_good_as_a_guess_a_smaller_budget_is_asked_too(
+    planter, store
+):
+    p = planter("full", "q2")
+    plant(p, "full", {(None, None): 0.10, ("full", 10.0): 0.86, ("full", 4.0): 0.50})
+    plant(p, "q2", {(None, None): 0.10, ("q2", 10.0): 0.83, ("q2", 4.0): 0.40})
+    said = headline(build_view(store)).replace(words.NBSP, " ")
+    assert "this budget leaves Full no room to err more. At \u03b5 = 4/255" in said
+    assert "Shown to err less by 5 points or more: Q2 (40.0 %, clean 10.0 %);" in said
+
+
 def test_who_survives_is_not_denied_the_room_it_has(planter, store):
     p = planter("full", "q2")
     plant(p, "full", {(None, None): 0.10, ("full", 10.0): 0.97, ("full", 4.0): 0.50})
