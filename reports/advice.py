@@ -303,7 +303,7 @@ def _carried_over(view: View) -> list[str]:
             "buys nothing" if mix.best_single_worst - mix.worst < 0.005 else "is not shown to gain"
         )
         said.append(
-            f"Mixing variants {gain} here: against any single perturbation measured, a fleet"
+            f"Mixing variants {gain} here: against any single perturbation of the matrix, a fleet"
             f" of {label_of(mix.best_single)} alone errs on at most"
             f" {percent(mix.best_single_worst)}, the best mix on {percent(mix.worst)} of the very"
             " images it was chosen on."
@@ -312,7 +312,7 @@ def _carried_over(view: View) -> list[str]:
         shares = listed([f"{share:.0%} {label_of(name)}" for name, share in mix.shares])
         said.append(
             f"A fleet of {shares} would err on at most {percent(mix.worst)} under any single"
-            f" perturbation measured, against {percent(mix.best_single_worst)} for"
+            f" perturbation of the matrix, against {percent(mix.best_single_worst)} for"
             f" {label_of(mix.best_single)} alone (minimax mix; a gain is shown on images that it"
             " was not chosen on; an attacker who optimises against the mix may do better)."
         )

@@ -84,7 +84,8 @@ def _pairwise(view: View, rated: list[VariantView]) -> str:
             f"{span} of the images, the extremes of what was measured; no difference of {ENOUGH}"
             " or more is shown."
         )
-    return f"{span} of the images. Shown to err less by {ENOUGH} or more: {listed(shown)}."
+    less = f"Shown to err less, as measured by {ENOUGH} or more: {listed(shown)}."
+    return f"{span} of the images. {less}"
 
 
 def _survivors(view: View, at: str, better: list[Comparison]) -> str:
@@ -163,10 +164,11 @@ def _with_more_room(view: View, tests: Sequence[Comparison]) -> str:
     more = [test for test in found if test.matters and test.difference > 0]
     if not less and not more:
         return f"{text}; no variant is shown to differ by {ENOUGH} or more."
-    text += f". Shown to err less by {ENOUGH} or more: {_each(less)};" if less else "."
+    measured = f", as measured by {ENOUGH} or more:"
+    text += f". Shown to err less{measured} {_each(less)};" if less else "."
     if not more:
         return f"{text} none errs so much more."
-    return f"{text} {'more' if less else f'Shown to err more by {ENOUGH} or more'}: {_each(more)}."
+    return f"{text} {'more' if less else f'Shown to err more{measured[:-1]}'}: {_each(more)}."
 
 
 def _each(tests: list[Comparison]) -> str:

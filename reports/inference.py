@@ -2,13 +2,12 @@
 
 Enters: a `View`. Leaves: comparisons, Pareto fronts, a fleet mix; numbers only. Paired exact
 McNemar on raw predictions of the same images, or the hierarchical bootstrap where crafting seeds
-are averaged; of samples, all images by PyTorch less what a device may differ on
-(`reports.sampled`). Holm-adjusted over each family.
+are averaged. Of samples, all images count where the files agree with PyTorch
+(`reports.agreed`). Holm-adjusted over each family.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +19,6 @@ from harness.bootstrap import difference
 from harness.metrics import UNSEEN
 from harness.records import PAPER_ORDER, ResultRow
 from harness.seeds import key_of
-from reports.sampled import Sampled, sampled_difference
 from reports.view import VariantView, View
 
 ALPHA = 0.05
@@ -120,16 +118,12 @@ def near_ceiling(view: View, rate: float) -> bool:
 
 
 def paired(view: View, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float]:
-    """Holm-adjusted p-values of pairs of rows, of variants or of a family known beforehand.
-
-    1 where no image is in both. Which variants are paired may depend on what was measured: how sure
-    the bound of `reports.sampled` is then depends on all there are.
+    """Holm-adjusted p-values of pairs of rows; 1 where no image is in both.
 
     Exact McNemar where either row is of one perturbation; where crafting seeds are averaged, the
     hierarchical bootstrap, which covers them too.
     """
-    family = max(len(pairs), len(view.variants) - 1)
-    return holm([compare(view, *pair, family=family).p for pair in pairs])
+    return holm([compare(view, *pair).p for pair in pairs])
 
 
 def adjusted_apart(variants: Sequence[VariantView], p_values: Sequence[float]) -> list[float]:
@@ -149,11 +143,7 @@ def compare_apart(
     view: View, variants: Sequence[VariantView], pairs: Sequence[tuple[ResultRow, ResultRow]]
 ) -> tuple[list[Difference], list[float]]:
     """The paired tests of one pair of rows a variant, and their p-values by `adjusted_apart`."""
-    sizes = Counter(v.name in PAPER_ORDER for v in variants)
-    tests = [
-        compare(view, *pair, family=sizes[v.name in PAPER_ORDER])
-        for v, pair in zip(variants, pairs, strict=True)
-    ]
+    tests = [compare(view, *pair) for pair in pairs]
     return tests, adjusted_apart(variants, [test.p for test in tests])
 
 
@@ -168,20 +158,16 @@ class Difference:
     high: float = 1.0
 
 
-def compare(view: View, first: ResultRow, second: ResultRow, *, family: int = 1) -> Difference:
-    """The paired test of two rows, over images and, where there are several, crafting seeds.
-
-    `family`: how many tests its p will be adjusted for.
-    """
-    averaged = max(len(view.repeats(first)), len(view.repeats(second))) > 1
-    key = ("compare", key_of(first), key_of(second), 1 if averaged else family)
+def compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
+    """The paired test of two rows, over images and, where there are several, crafting seeds."""
+    key = ("compare", key_of(first), key_of(second))
     if key not in view.memo:
-        view.memo[key] = _compare(view, first, second, family)
+        view.memo[key] = _compare(view, first, second)
     found: Difference = view.memo[key]
     return found
 
 
-def _compare(view: View, first: ResultRow, second: ResultRow, family: int) -> Difference:
+def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
     ours, theirs = view.repeats(first), view.repeats(second)
     if len(ours) == len(theirs) == 1:
         pair = view.together(first, second)
@@ -190,9 +176,6 @@ def _compare(view: View, first: ResultRow, second: ResultRow, family: int) -> Di
         wrong, other = pair.first != pair.labels, pair.second != pair.labels
         gained, lost = (int(np.count_nonzero(x)) for x in (wrong & ~other, other & ~wrong))
         bounds = metrics.paired_difference(gained, lost, wrong.size, population=ALL_IMAGES)
-        one, another = _sampled(view, first), _sampled(view, second)
-        if one is not None and another is not None:
-            return Difference(*sampled_difference(one, another, family=family), *bounds)
         value, p = float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other)
         return Difference(value, p, *bounds)
     runs = [view.predictions(row) for row in (*ours, *theirs)]
@@ -204,18 +187,6 @@ def _compare(view: View, first: ResultRow, second: ResultRow, family: int) -> Di
     same = [row.uap_sha256 for row in ours] == [row.uap_sha256 for row in theirs]
     found = difference(all_wrong[: len(ours)], all_wrong[len(ours) :], same_seeds=same)
     return Difference(found.value, found.p, found.low, found.high)
-
-
-def _sampled(view: View, row: ResultRow) -> Sampled | None:
-    """The row beside PyTorch on all images; None where it is of all images itself."""
-    device, torch = view.predictions(row), view.predictions(row, runtime="torch")
-    if device is None or torch is None or bool((torch == UNSEEN).any()):
-        return None
-    indices = np.flatnonzero(device != UNSEEN)
-    if indices.size == device.size:
-        return None
-    labels = np.asarray(view.evaluation.labels, dtype=np.int64)
-    return Sampled(torch != labels, device[indices] != labels[indices], indices)
 
 
 def mean_difference(
@@ -281,7 +252,7 @@ def deployment_gaps(view: View) -> list[GapRow]:
     found = []
     for variant in view.variants:
         row = variant.white_box or variant.worst
-        pair = view.together(row, row, runtime="torch") if row else None
+        pair = view.answered(row, row, torch=True) if row else None
         if row is None or pair is None:
             continue
         clean = variant.clean.torch_agreement if variant.clean else None

@@ -16,6 +16,8 @@ MARK = 6.0
 RADII = (8.0, 12.0, 17.0, 24.0, 33.0, 44.0)
 """From a point to its label's edge."""
 ANGLES = 16
+LOWERED = 3.0
+"""By how much a label may come nearer from above or below: letters do not fill its height."""
 NEAR = 13.0
 """From here on a line leads from the point to its label."""
 CLEARER = 1.5
@@ -77,6 +79,8 @@ def _best(
     marks = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in spots]
     best, lowest = Label(marks[i], led=False), math.inf
     for radius in RADII:
+        if lowest <= radius - LOWERED:
+            break  # whatever is further away costs more
         for step in range(ANGLES):
             box = _box(spots[i], sizes[i], radius, 2 * math.pi * step / ANGLES)
             own = _distance(box, spots[i])
@@ -85,6 +89,8 @@ def _best(
             )
             led = own >= NEAR or nearest < own + CLEARER
             cost = own + _turn(step) + 1e4 * (1 - _overlap(box, frame))
+            if cost >= lowest:
+                continue
             cost += 400 * sum(_overlap(box, other) for other in (*taken, *marks))
             cost += 40 * sum(_crosses(box, *leader) for leader in leaders)
             if led:
@@ -106,8 +112,7 @@ def _turn(step: int) -> float:
 def _box(spot: Spot, size: Spot, radius: float, angle: float) -> Box:
     """The label's box, its edge this far from the point in this direction."""
     x = spot[0] + math.cos(angle) * (radius + size[0] / 2)
-    # A word's letters do not fill its height: above and below it may come nearer.
-    y = spot[1] + math.sin(angle) * (radius + size[1] / 2 - 3)
+    y = spot[1] + math.sin(angle) * (radius + size[1] / 2 - LOWERED)
     return (x - size[0] / 2, y - size[1] / 2, x + size[0] / 2, y + size[1] / 2)
 
 

@@ -138,7 +138,7 @@ def curves(view: View) -> Figure:
     text += f" is {low} at \u03b5 = {budgets[0]:g}" if low else ""
     if high and len(budgets) > 1:
         text += f" and {high} at \u03b5 = {budgets[-1]:g}"
-    text += "; bands are 95 % intervals."
+    text += "; bands, where they are wide enough to be seen, are 95 % intervals."
     if view.reference_eps is not None:
         controls = {v.variant.name: v.signals["control"] for v in masking_verdicts(view)}
         by_state = {

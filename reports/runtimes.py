@@ -170,7 +170,7 @@ def _shift(
 ) -> Shift | None:
     if first is None or second is None or first.uap_sha256 != second.uap_sha256:
         return None
-    pair = view.together(second, first, runtime="torch" if torch else None)
+    pair = view.answered(second, first, torch=torch)
     if pair is None:
         return None
     after, before = pair.first != pair.labels, pair.second != pair.labels

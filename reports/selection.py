@@ -26,6 +26,7 @@ from harness.results import current_runs, result_rows
 from harness.seeds import SeedGroup, key_of, seed_groups
 from harness.sources import left_out
 from harness.store import Store
+from reports.agreed import agreed
 from reports.estimates import estimated
 from reports.subject import (
     choose_baseline,
@@ -37,6 +38,7 @@ from reports.subject import (
     in_headline,
     is_search,
     over_what_all_met,
+    towards_what_all_met,
 )
 from reports.view import DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
@@ -79,20 +81,21 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
     reference = choose_reference_eps(here, craft)
     targeted_eps = choose_targeted_eps(here, craft, reference)
     on_set.sort(key=lambda row: recency.get(row.uap_sha256 or "", -1))
-    predicted: dict[RunKey, Classes] = {}
+    answers: dict[RunKey, Classes] = {}
     machines: dict[tuple[DeviceId, str], Machine] = {}
     for known, run in current_runs(store).items():
         if known.evaluation == evaluation_sha:
             key = (known.model, known.uap, known.device, known.emulated, known.runtime)
-            predicted[key] = run.predictions
+            answers[key] = run.predictions
             machines[DeviceId(known.device, known.emulated), known.runtime] = run.machine
     evaluation = store.evaluation_sets()[evaluation_sha]
     labels = np.asarray(evaluation.labels, dtype=np.int64)
-    groups = seed_groups(on_set, uaps=uaps, predicted=predicted, labels=labels)
+    judged = agreed(answers)
+    groups = seed_groups(on_set, uaps=uaps, predicted=judged, labels=labels)
     seeds = {key_of(row): group for group in groups for row in group.rows}
 
     def shown(row: ResultRow) -> ResultRow:
-        return _averaged(estimated(row, predicted=predicted, labels=labels), seeds)
+        return _averaged(estimated(row, answers=answers, labels=labels), seeds)
 
     kept = [shown(row) for row in on_set if in_headline(row, craft)]
     free = [shown(row) for row in on_set if is_search(row, craft)]
@@ -109,7 +112,10 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
         )
         for place in devices
     }
-    by_device = {place: over_what_all_met(variants) for place, variants in by_device.items()}
+    by_device = {
+        place: towards_what_all_met(over_what_all_met(variants))
+        for place, variants in by_device.items()
+    }
     base = choose_baseline(store, by_device[chosen], baseline)
     by_device = {
         place: tuple(sorted(variants, key=lambda v: v.name != base))
@@ -127,7 +133,8 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
         craft=craft,
         rows=tuple(rows),
         uaps=uaps,
-        predicted=predicted,
+        answers=answers,
+        judged=judged,
         machines=tuple((*key, machine) for key, machine in sorted(machines.items(), key=_first)),
         seeds=seeds,
         notes=(

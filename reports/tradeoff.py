@@ -189,6 +189,8 @@ def _uer(row: ResultRow | None, *, source: bool = False, brief: bool = False) ->
         return Cell(DASH)
     text = percent(row.uer, unit=False)
     if source:
+        if row.target is not None:
+            return Cell(text, f"target {row.target}")
         if row.uap_source != row.variant:
             return Cell(text, label_of(row.uap_source or ""))
         return Cell(text, "no gradient" if row.attack in GRADIENT_FREE else "its own")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from harness.seeds import METHOD
 from reports import advice
-from reports.estimates import sample_sizes
+from reports.estimates import judged_by_torch, sample_sizes
 from reports.headline import names_of, rates_of
 from reports.inference import ALPHA, Comparison, Measure, against_baseline, ceiling
 from reports.masking import Group, Sentence, masking_group
@@ -133,7 +133,7 @@ def _half_width(view: View) -> float:
 def _reach(view: View) -> list[str]:
     sizes = sample_sizes(view)
     images = f"these {len(view.evaluation.labels):,} images"
-    if sizes is not None:
+    if sizes is not None and not judged_by_torch(view):
         images = f"the images that both were given ({span(*sizes)} a model)"
     said = _no_better_than_a_guess(view)
     if (half := _half_width(view)) > WIDE:

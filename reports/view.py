@@ -77,6 +77,9 @@ class VariantView:
     met_by_all: frozenset[str] | None = None
     """Sources that every model faced, where the worst case is over those and its own; None: over
     all that it faced."""
+    targets_met: frozenset[int] = frozenset()
+    """Targets whose perturbations count in the worst case: those that every model faced its own
+    towards."""
 
     @property
     def label(self) -> str:
@@ -111,9 +114,14 @@ class VariantView:
 
     @property
     def worst(self) -> ResultRow | None:
-        """The row of the perturbation, of whatever source, under which it errs most."""
+        """The row of the perturbation, of whatever source or target, under which it errs most."""
         budgets = {row.eps for row in self.attacked.values()}
         apart = [row for eps, row in self.left_out.items() if eps in budgets]
+        apart += [
+            row
+            for target, row in self.targeted.items()
+            if target in self.targets_met and row.eps == self.reference_eps
+        ]
         apart += [] if self.gradient_free is None else [self.gradient_free]
         return max([*self.faced.values(), *apart], key=_uer, default=None)
 
@@ -158,7 +166,10 @@ class View:
     rows: tuple[ResultRow, ...]
     """Every row of the store, as exported beside the page."""
     uaps: dict[str, UapRecord]
-    predicted: dict[RunKey, Classes]
+    answers: dict[RunKey, Classes]
+    """int64 [N] of every run: what was answered where; `UNSEEN` outside a sample."""
+    judged: dict[RunKey, Classes]
+    """What tests are made of: see `reports.agreed`."""
     machines: tuple[tuple[DeviceId, str, Machine], ...]
     seeds: dict[SeedKey, SeedGroup]
     """Rows that are means over several crafting seeds -> what they are means of."""
@@ -224,32 +235,33 @@ class View:
         """Attacked variants whose worst case does not compare."""
         return [v for v in self.variants if v.attacked and not self.comparable(v)]
 
-    def predictions(
-        self, row: ResultRow, *, runtime: str | None = None
-    ) -> npt.NDArray[np.int64] | None:
-        """The row's raw predictions; with `runtime="torch"`, PyTorch's on the same images.
+    def predictions(self, row: ResultRow) -> npt.NDArray[np.int64] | None:
+        """What the row is judged by, answers of its own runtime or, where those agree, PyTorch's.
 
         int64 [N], in the order of the evaluation set; `UNSEEN` for images outside a sample.
         """
-        if runtime == "torch":
-            key = (row.model_sha256, row.uap_sha256, "local", False, "torch")
-        else:
-            key = (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
-        return self.predicted.get(key)
+        return self.judged.get(_run_of(row))
 
     def repeats(self, row: ResultRow) -> tuple[ResultRow, ...]:
         """The rows of every crafting seed behind a row; itself where there is one seed."""
         group = self.seeds.get(key_of(row))
         return (row,) if group is None else group.rows
 
-    def together(
-        self, first: ResultRow, second: ResultRow, *, runtime: str | None = None
-    ) -> Together | None:
-        """Predictions of two rows on the images that both saw; None where there are none.
+    def together(self, first: ResultRow, second: ResultRow) -> Together | None:
+        """What two rows are judged by on the images of both; None where there are none."""
+        return self._both(self.judged.get(_run_of(first)), self.judged.get(_run_of(second)))
 
-        With `runtime="torch"` the second are PyTorch's.
+    def answered(
+        self, first: ResultRow, second: ResultRow, *, torch: bool = False
+    ) -> Together | None:
+        """What was answered where the rows were measured, on the images that both saw.
+
+        With `torch` the second are PyTorch's.
         """
-        ours, theirs = self.predictions(first), self.predictions(second, runtime=runtime)
+        key = _by_torch(second) if torch else _run_of(second)
+        return self._both(self.answers.get(_run_of(first)), self.answers.get(key))
+
+    def _both(self, ours: Classes | None, theirs: Classes | None) -> Together | None:
         if ours is None or theirs is None:
             return None
         both = (ours != UNSEEN) & (theirs != UNSEEN)
@@ -257,6 +269,14 @@ class View:
             return None
         labels = np.asarray(self.evaluation.labels, dtype=np.int64)
         return Together(labels[both], ours[both], theirs[both])
+
+
+def _run_of(row: ResultRow) -> RunKey:
+    return (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
+
+
+def _by_torch(row: ResultRow) -> RunKey:
+    return (row.model_sha256, row.uap_sha256, "local", False, "torch")
 
 
 def _uer(row: ResultRow) -> float:

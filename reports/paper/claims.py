@@ -158,7 +158,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "pp-targeted",
-        "PP weakens the model against some targeted perturbations",
+        "PP weakens the model towards the target classes 2, 3 and 8",
         "In the case of PP, it appears to weaken the model against some targeted UAPs, particularly"
         " for labels 2 (bird), 3 (cat), 8 (ship).",
         "Targeted UAPs; Figure 3",

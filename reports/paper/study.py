@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from harness.records import HarnessError, ResultRow
+from reports.estimates import judged_by_torch
 from reports.inference import rate_of
 from reports.paper.values import Paper, Published, paper
 from reports.view import VariantView, View
@@ -18,6 +19,8 @@ from reports.words import clean_text, label_of, listed
 
 REFERENCE_EPS = 10.0
 """The budget of the paper's Figures 2, 3 and 4."""
+CRAFTED = "10 epochs over"
+"""The paper's passes over the images it crafts on."""
 _NAME = re.compile(r"(cifar10|svhn)(?!\d)", re.IGNORECASE)
 _IMAGES = re.compile(r"([\d,]+) train / ([\d,]+) test images")
 
@@ -183,7 +186,12 @@ def facts(study: Study) -> list[Fact]:
     models = [v.model for v in view.variants]
     protocol, attack, seed = view.craft or ("", "", 0)
     clean = [v.clean.n for v in view.variants if v.clean is not None]
-    images = min(clean, default=len(view.evaluation.labels))
+    whole = len(view.evaluation.labels)
+    images = min(clean, default=whole)
+    training, crafting = _training(view), _crafting(view)
+    evaluated = f"{images:,}"
+    if images < whole and judged_by_torch(view):
+        evaluated = f"{whole:,} by PyTorch, {images:,} of them by exported models"
     seeds = sorted({r.seed for g in view.seeds.values() for r in g.rows if r.seed is not None})
     training_seeds = sorted({m.seed for m in models if m.seed is not None})
     found = [
@@ -191,12 +199,14 @@ def facts(study: Study) -> list[Fact]:
         _fact("architecture", {m.arch for m in models}, setup.arch),
         _fact("width", {str(m.width) for m in models}, str(setup.width)),
         _fact("preset", {m.preset for m in models}, setup.preset),
-        Fact("training of Full", _training(view), theirs.training),
+        Fact("training of Full", training, theirs.training,
+             "epoch" in training and not training.endswith("step")),
         _fact("protocol", {protocol} - {""}, setup.protocol),
         _fact("attack", {attack} - {""}, setup.attack),
-        Fact("crafting", _crafting(view), "10 epochs over the test images"),
-        Fact("images evaluated", f"{images:,}", f"{theirs.test_images:,}",
-             images != theirs.test_images),
+        Fact("crafting", crafting, f"{CRAFTED} the test images",
+             "epoch" in crafting and not crafting.startswith(CRAFTED)),
+        Fact("images evaluated", evaluated, f"{theirs.test_images:,}",
+             not evaluated.startswith(f"{theirs.test_images:,}")),
         Fact("training seeds per model", f"1 (seed {listed([str(s) for s in training_seeds])})"
              if training_seeds else "not recorded", "1"),
         Fact("crafting seeds", _seeds(seeds or [seed]) if view.craft else "none", "1"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from reports.estimates import judged_by_torch, sample_sizes
 from reports.inference import ALPHA
 from reports.method import TextTable
 from reports.paper.checks import Check, Contrast, Decided, State
 from reports.paper.judging import Judged, Met, Word, family_sizes
 from reports.paper.study import Study
 from reports.signals import masking_verdicts
-from reports.words import interval_of_points, listed, p_value, percent, plural, points
+from reports.words import interval_of_points, listed, p_value, percent, plural, points, span
 
 TONES: dict[Word, str] = {
     "holds here": "yes",
@@ -25,6 +26,7 @@ TONES: dict[Word, str] = {
 NAMED = 3
 """Comparisons of a demand that are named one by one; of more, their number and range."""
 _STATES: dict[State, str] = {"yes": "shown", "no": "refuted", "open": "open"}
+_OF_PART: dict[State, str] = {"yes": "shown", "no": "does not hold", "open": "undecided"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def claim_texts(study: Study, judged: list[Judged]) -> list[ClaimText]:
             why=j.why,
             elsewhere=study.published.key not in j.claim.datasets,
             own=_own_numbers(j),
-            parts=tuple(_part(met) for met in j.met),
+            parts=tuple(_part(met, alone=len(j.met) == 1) for met in j.met),
             remark=_remark(study, j),
             rule=j.claim.rule,
             caution=j.claim.caution,
@@ -109,6 +111,12 @@ def tests_text(study: Study, judged: list[Judged]) -> str:
             " Between the data sets, whose images were drawn apart, the intervals of both sides are"
             f" joined (MOVER); these {plural(between, 'test')} are a family of their own."
         )
+    sample = ""
+    if (sizes := sample_sizes(study.view)) is not None and judged_by_torch(study.view):
+        sample = (
+            f" Exported models were given {span(*sizes)} of the images and predicted what PyTorch"
+            " does, every time: predictions here are PyTorch\u2019s, of all images."
+        )
     return (
         f"Claims are judged at \u03b5 = {study.eps:g}/255, targeted ones at"
         f" {study.targeted_eps:g}/255, from raw predictions of the same images: exact McNemar for"
@@ -117,7 +125,7 @@ def tests_text(study: Study, judged: list[Judged]) -> str:
         f" {plural(own, 'test')} on this data set are one Holm family, at"
         f" {percent(ALPHA)}; the intervals of a claim hold together at 95 % (Bonferroni). A"
         " direction is refuted where the other one is shown, or where the interval"
-        f" leaves less than 5 points of it (none, where the claim is about a ratio).{apart}"
+        f" leaves less than 5 points of it (none, where the claim is about a ratio).{apart}{sample}"
     )
 
 
@@ -125,9 +133,12 @@ def _own_numbers(judged: Judged) -> str:
     return "are as it says" if judged.supported else "are not as it says, by this rule"
 
 
-def _part(met: Met) -> Part:
+def _part(met: Met, *, alone: bool) -> Part:
+    """`alone`: the verdict on the claim is the one on this."""
     checks = met.demand.checks
     words = met.demand.words[:1].upper() + met.demand.words[1:]
+    if met.decided and not alone:
+        words += f": {_OF_PART[met.state]}"
     if len({(check.first, check.second) for check in checks}) == 1 < len(checks):
         # One pair of rates within bounds: their ratio says it.
         found = [(d.found.first, d.found.second) for d in met.decided[:1]]
@@ -139,8 +150,7 @@ def _part(met: Met) -> Part:
         return Part(words, paper, _here_many(met))
     paper = _points_of([c.name for c in checks], [points(value) for value in differences])
     here = [
-        f"{points(d.found.value)} [{interval_of_points(d.found.low, d.found.high)}],"
-        f" {_STATES[d.state]}"
+        f"{points(d.found.value)} [{interval_of_points(d.found.low, d.found.high)}], {_state(d)}"
         for d in met.decided
     ]
     return Part(words, paper, _points_of([c.name for c in checks], here) if here else "")
@@ -211,8 +221,16 @@ def _cells(decided: Decided) -> tuple[str, ...]:
         points(found.value),
         interval_of_points(found.low, found.high),
         p_value(found.p),
-        _STATES[decided.state],
+        _state(decided),
     )
+
+
+def _state(decided: Decided) -> str:
+    """A direction that is refuted without the other one being shown: how little is left of it."""
+    check, found = decided.check, decided.found
+    if decided.state != "no" or check.expects == "same" or not check.margin:
+        return _STATES[decided.state]
+    return "the other way" if found.p < ALPHA else f"less than {100 * check.margin:g} points"
 
 
 def _pair(first: float, second: float, factor: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reports.labels import CLEARER, Label, place_labels
@@ -29,6 +29,7 @@ points = st.lists(
 
 
 @given(points)
+@settings(deadline=None)
 def test_labels_stay_inside_and_say_whose_they_are(spots):
     labels = place_labels(spots, [SIZE] * len(spots), FRAME)
     assert len(labels) == len(spots)

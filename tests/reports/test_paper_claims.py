@@ -123,12 +123,12 @@ def test_noise_is_seldom_called_a_difference(view):
     for seed in range(stores):
         rng = np.random.default_rng(seed)
         predicted = {}
-        for key in view.predicted:
+        for key in view.judged:
             target = targets.get(key[1])
             hit = rng.random(labels.size) < 0.5
             miss = labels if target is None else np.where(labels == target, -2, labels)
             predicted[key] = np.where(hit, (labels + 1) % 10 if target is None else target, miss)
-        judged = judge(study_of(replace(view, predicted=predicted)))
+        judged = judge(study_of(replace(view, judged=predicted)))
         same_rates = [d for j in judged for d in j.decided if d.check.factor == 1.0]
         assert len(same_rates) == 89
         shown += any(d.found.p < 0.05 for d in same_rates)
@@ -178,9 +178,9 @@ def test_no_image_in_common_cannot_be_judged(store):
     view = build_view(store)
     crafted = synthetic.sha("uap", "sfp", 10.0, None)
     full = synthetic.sha("model", "full")
-    key = next(k for k in view.predicted if k[:2] == (full, crafted))
-    predicted = {**view.predicted, key: np.full(200, UNSEEN)}
-    judged = {j.claim.anchor: j for j in judge(study_of(replace(view, predicted=predicted)))}
+    key = next(k for k in view.judged if k[:2] == (full, crafted))
+    predicted = {**view.judged, key: np.full(200, UNSEEN)}
+    judged = {j.claim.anchor: j for j in judge(study_of(replace(view, judged=predicted)))}
     assert judged["sfp-source"].word == "cannot be judged here"
     assert "no image in common" in judged["sfp-source"].why
     assert judged["q-masking"].word == "holds here"
@@ -318,14 +318,14 @@ def test_the_interval_between_data_sets_holds_and_noise_is_seldom_a_difference(t
 def with_predictions(view, hits):
     """The view with these images misclassified under Full's and Q4's own perturbations."""
     labels = np.asarray(view.evaluation.labels)
-    predicted = dict(view.predicted)
+    predicted = dict(view.judged)
     cells = []
     for name, wrong in zip(("full", "q4"), hits, strict=True):
         row = study_of(view).attacked(name, name).row
         key = (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
         predicted[key] = np.where(wrong, (labels + 1) % 10, labels)
         cells.append(Cell(name, 0.5, row))
-    return replace(view, predicted=predicted), cells
+    return replace(view, judged=predicted), cells
 
 
 ERRORS = st.tuples(*(st.lists(st.booleans(), min_size=120, max_size=120) for _ in range(2)))

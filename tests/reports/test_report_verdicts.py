@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from reports.pictures import attacked_image
 from reports.report import write_report
 from reports.selection import build_view
 from reports.signals import masking_verdicts
+from reports.tradeoff import tradeoff_table
 from reports.verdicts import conclusions
 from tests.reports import synthetic
 from tests.reports.synthetic import add_latency, uap
@@ -170,7 +172,7 @@ def test_where_all_are_as_good_as_a_guess_a_smaller_budget_is_asked(planter, sto
     # Half way between 10 and 90 % lies the sweep's 50 %, not its 20 or 87.
     assert said.endswith(
         "At \u03b5 = 4/255, each under its own perturbation, Full errs on 50.0 % (clean 10.0 %)."
-        " Shown to err less by 5 points or more: Q2 (40.0 %, clean 10.0 %);"
+        " Shown to err less, as measured by 5 points or more: Q2 (40.0 %, clean 10.0 %);"
         " more: PP2 (60.0 %, clean 10.0 %)."
     )
 
@@ -183,7 +185,7 @@ def test_where_only_the_baseline_is_as_good_as_a_guess_a_smaller_budget_is_asked
     plant(p, "q2", {(None, None): 0.10, ("q2", 10.0): 0.83, ("q2", 4.0): 0.40})
     said = headline(build_view(store)).replace(words.NBSP, " ")
     assert "this budget leaves Full no room to err more. At \u03b5 = 4/255" in said
-    assert "Shown to err less by 5 points or more: Q2 (40.0 %, clean 10.0 %);" in said
+    assert "Shown to err less, as measured by 5 points or more: Q2 (40.0 %, clean 10.0 %);" in said
 
 
 def test_who_survives_is_not_denied_the_room_it_has(planter, store):
@@ -210,7 +212,7 @@ def test_without_full_pairs_need_as_much(planter, store):
     assert "no difference of 5 points or more is shown" in headline(build_view(store))
     plant(p, "pp2", {("pp2", 10.0): 0.60})
     said = headline(build_view(store))
-    assert "Shown to err less by 5 points or more: Q2 less than PP2" in said
+    assert "Shown to err less, as measured by 5 points or more: Q2 less than PP2" in said
 
 
 def test_one_model_with_room_left_is_compared_at_the_budget_asked_for(planter, store):
@@ -386,3 +388,24 @@ def test_a_model_of_the_users_own_and_a_second_device_are_shown(planter, store, 
     assert "45.0\u00a0%" in html
     on_board = build_view(store, device="rpi4")
     assert [v.name for v in on_board.variants] == ["q2"]
+
+
+def test_a_targeted_perturbation_counts_in_the_worst_case_where_all_met_one(planter, store):
+    p = planter("full", "q2")
+    for name, rate in (("full", 0.50), ("q2", 0.40)):
+        plant(p, name, {(None, None): 0.10, (name, 10.0): rate})
+    steer = replace(uap("q2", 10.0), sha256="aimed at q2", target=3)
+    p.store.add_uap(steer)
+    p.store.add_prediction_runs([p.run("q2", steer, p.erring(0.70, "q2", "aimed"))])
+    (full, q2) = build_view(store).variants
+    assert q2.targeted[3].uer == pytest.approx(0.70)
+    assert q2.worst.uer == pytest.approx(0.40)  # Full met none: it would compare unlike things
+    aimed = replace(uap("full", 10.0), sha256="aimed at full", target=3)
+    p.store.add_uap(aimed)
+    p.store.add_prediction_runs([p.run("full", aimed, p.erring(0.45, "full", "aimed"))])
+    (full, q2) = build_view(store).variants
+    assert q2.worst.uer == pytest.approx(0.70)
+    assert full.worst.uer == pytest.approx(0.50)
+    table = tradeoff_table(build_view(store))
+    column = [c.title for c in table.columns].index("Worst of all")
+    assert {row.name: row.cells[column].sub for row in table.rows}["q2"] == "target 3"
