@@ -197,7 +197,8 @@ def _pseudo_values(cells: Sequence[Sequence[Any]]) -> list[Any]:
 METHOD = (
     "Rates are UER at the budget named unless they say clean error. Differences are in points,"
     " with 95 % intervals over images and units (hierarchical bootstrap); p-values are"
-    " Holm-adjusted over the contrasts and budgets of each question. Less than"
+    " Holm-adjusted over the contrasts and budgets of each question, intervals are of each contrast"
+    " by itself: one may leave out 0 where p shows nothing. An interval within"
     f" \u00b1{100 * MARGIN:.0f} points is called no difference that matters.",
     "A unit is what was trained, or crafted, once. With one unit the interval covers images only,"
     " not another run. Where models meet the perturbations of all other seeds, a unit is a seed in"

@@ -185,7 +185,7 @@ def other_seeds(seeds: int) -> Question:
                 means=Means(
                     "It harms another seed's Full more than SFP: the method protects.",
                     "It harms another seed's Full less than SFP: the method does not protect.",
-                    "It harms another seed's Full as little as SFP: it is the seed, not SFP.",
+                    "It harms another seed's Full as little as SFP: no merit of SFP's own.",
                 ),
             ),
             Contrast(

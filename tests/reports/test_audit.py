@@ -122,7 +122,7 @@ def test_another_seed_is_told_from_another_method() -> None:
     verdicts = {finding.label: finding.verdict for finding in answer.findings}
     assert verdicts["Full's on SFP minus on Full itself (their comparison)"] == "lowers"
     assert verdicts["Full's on SFP minus on another seed's Full"] == "none"
-    assert any(line.startswith("It harms another seed's Full as little as SFP: it is the seed")
+    assert any(line.startswith("It harms another seed's Full as little as SFP: no merit")
                for line in answer.conclusions)  # fmt: skip
     assert verdicts["Full's on PP3 of another seed minus on PP3 made from it"] == "lowers"
 
