@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -185,6 +186,7 @@ def paired_difference(
     return low, -_tango_limit(lost, gained, n, z=z)
 
 
+@cache  # some thirty slow sums each, asked for the same few samples by every test of a report
 def most_unseen(n: int, *, population: int, confidence: float = 0.95, differing: int = 0) -> int:
     """The most of a population that may differ besides those of a sample of n that do (exact)."""
     low, high = 0, population - n  # the sample itself shows what its n do
