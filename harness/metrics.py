@@ -131,26 +131,26 @@ class Corrected:
     high: float
 
 
-def corrected_uer(
-    torch_wrong: npt.NDArray[np.bool_],
-    device_wrong: npt.NDArray[np.bool_],
+def corrected_rate(
+    torch_hits: npt.NDArray[np.bool_],
+    device_hits: npt.NDArray[np.bool_],
     indices: npt.NDArray[np.int64],
 ) -> Corrected:
-    """The device's UER on the whole set, from PyTorch's there and the device's on a sample.
+    """The device's rate (UER, TSR) on the whole set, from PyTorch's and the device's of a sample.
 
-    PyTorch's UER plus the mean of (device wrong - PyTorch wrong) over the sample: both mostly err
-    on the same images, so that this is far more precise than the sample's UER (FACTS H).
+    PyTorch's rate plus the mean of (device's hit - PyTorch's hit) over the sample: both mostly hit
+    the same images, so that this is far more precise than the sample's rate (FACTS H).
 
     Args:
-        torch_wrong: bool [N], of the whole set.
-        device_wrong: bool [n], of the sample.
+        torch_hits: bool [N], of the whole set.
+        device_hits: bool [n], of the sample.
         indices: int64 [n], positions of the sample in the set, drawn at random.
     """
-    there = torch_wrong[indices]
-    gained = int(np.count_nonzero(device_wrong & ~there))
-    lost = int(np.count_nonzero(~device_wrong & there))
-    low, high = paired_difference(gained, lost, indices.size, population=torch_wrong.size)
-    base = float(np.mean(torch_wrong))
+    there = torch_hits[indices]
+    gained = int(np.count_nonzero(device_hits & ~there))
+    lost = int(np.count_nonzero(~device_hits & there))
+    low, high = paired_difference(gained, lost, indices.size, population=torch_hits.size)
+    base = float(np.mean(torch_hits))
     return Corrected(
         value=min(1.0, max(0.0, base + (gained - lost) / indices.size)),
         low=min(1.0, max(0.0, base + low)),
@@ -187,12 +187,12 @@ def paired_difference(
 
 
 @cache  # some thirty slow sums each, asked for the same few samples by every test of a report
-def most_unseen(n: int, *, population: int, confidence: float = 0.95, differing: int = 0) -> int:
-    """The most of a population that may differ besides those of a sample of n that do (exact)."""
+def most_unseen(n: int, *, population: int, confidence: float = 0.95) -> int:
+    """The most of a population that may differ though none of a sample of n does (exact)."""
     low, high = 0, population - n  # the sample itself shows what its n do
     while low < high:
         middle = (low + high + 1) // 2
-        found = stats.hypergeom.cdf(differing, population, differing + middle, n)
+        found = stats.hypergeom.cdf(0, population, middle, n)
         if found >= 1 - confidence:
             low = middle
         else:

@@ -320,7 +320,7 @@ class ResultRow:
     uer_low: float | None
     uer_high: float | None
     uer_corrected: float | None
-    """Of a sample: the UER estimated for the whole set (`metrics.corrected_uer`)."""
+    """Of a sample: the UER estimated for the whole set (`metrics.corrected_rate`)."""
     uer_corrected_low: float | None
     uer_corrected_high: float | None
     evasion_on_correct: float | None

@@ -246,7 +246,7 @@ def corrected_uer(run: Merged, torch_run: Merged | None, labels: Classes) -> Cor
         return None
     if torch_run.seen.size < labels.size:
         return None
-    return metrics.corrected_uer(
+    return metrics.corrected_rate(
         torch_run.predictions != labels, run.predictions[seen] != labels[seen], seen
     )
 

@@ -71,8 +71,9 @@ def seed_groups(
     groups = []
     for by_seed in found.values():
         # A seed that met a small sample must not shrink the others to it.
-        most = max(row.n for row in by_seed.values())
-        ordered = tuple(by_seed[seed] for seed in sorted(by_seed) if by_seed[seed].n == most)
+        seen_by = {s: np.count_nonzero(predicted[key_of(r)] != UNSEEN) for s, r in by_seed.items()}
+        most = max(seen_by.values())
+        ordered = tuple(by_seed[seed] for seed in sorted(by_seed) if seen_by[seed] == most)
         stacked = np.stack([predicted[key_of(row)] for row in ordered])  # [S, N]
         seen = (stacked != UNSEEN).all(axis=0)
         if len(ordered) < 2 or not seen.any():

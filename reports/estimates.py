@@ -8,22 +8,22 @@ one was given more images than another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from harness.metrics import UNSEEN, Classes, corrected_uer
+from harness.metrics import UNSEEN, Classes, corrected_rate
 from harness.records import ResultRow
-from reports.agreed import agreements
-from reports.view import RunKey, View
-from reports.words import clean_text, span
+from reports.agreed import by_torch, differing, unseen_share
+from reports.view import RunKey, VariantView, View, run_of
+from reports.words import clean_text, percent, span
 
 
 def estimated(
     row: ResultRow, *, answers: Mapping[RunKey, Classes], labels: npt.NDArray[np.int64]
 ) -> ResultRow:
-    """The row with its rates estimated for the whole set, where PyTorch predicted all of it.
+    """The row with accuracy, UER and TSR estimated for all images, where PyTorch predicted them.
 
     Args:
         row: of a whole set or a sample.
@@ -32,14 +32,13 @@ def estimated(
     """
     if row.n == row.n_of:
         return row
-    device = answers.get((row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime))
-    torch = answers.get((row.model_sha256, row.uap_sha256, "local", False, "torch"))
+    device, torch = answers.get(run_of(row)), answers.get(by_torch(run_of(row)))
     if device is None or torch is None or bool((torch == UNSEEN).any()):
         return row
     seen = np.flatnonzero(device != UNSEEN)
     if seen.size == 0:
         return row
-    found = corrected_uer(torch != labels, device[seen] != labels[seen], seen)
+    found = corrected_rate(torch != labels, device[seen] != labels[seen], seen)
     if row.uap_sha256 is None:
         return replace(
             row,
@@ -50,17 +49,55 @@ def estimated(
     row = replace(row, uer=found.value, uer_low=found.low, uer_high=found.high)
     if row.target is None:
         return row
-    found = corrected_uer(torch == row.target, device[seen] == row.target, seen)
+    found = corrected_rate(torch == row.target, device[seen] == row.target, seen)
     return replace(row, tsr=found.value, tsr_low=found.low, tsr_high=found.high)
 
 
-def sample_sizes(view: View) -> tuple[int, int] | None:
-    """Fewest and most images behind a number; None where all are of the whole set."""
-    rows = [r for v in view.variants for r in (v.clean, *v.attacked.values(), *v.curve) if r]
-    sizes = [row.n for row in rows]
+@dataclass(frozen=True)
+class Sample:
+    """What exported models were given of the images, and what that means for tests."""
+
+    fewest: int
+    most: int
+    """Images behind a rate."""
+    compared: int
+    differing: int
+    """Predictions that could be compared with PyTorch's, and how many of them are not its."""
+    judged_by_torch: bool
+    """Whether every test is of PyTorch's predictions of all images (`reports.agreed`)."""
+    unseen: float
+    """Share of all images on which a file so judged may differ, at most; 95 % for each run."""
+
+
+def sample_of(view: View) -> Sample | None:
+    """None where every rate is of all images."""
+    shown = [row for variant in view.variants for row in _rows_of(variant)]
+    sizes = [row.n for row in shown]
     if not sizes or min(sizes) == len(view.evaluation.labels):
         return None
-    return min(sizes), max(sizes)
+    keys = {run_of(repeat) for row in shown for repeat in view.repeats(row)}
+    answers = {key: found for key in keys if (found := view.answers.get(key)) is not None}
+    torch = [(found, view.answers.get(by_torch(key))) for key, found in answers.items()]
+    seen = [int(np.count_nonzero(found != UNSEEN)) for found in answers.values()]
+    return Sample(
+        fewest=min(sizes),
+        most=max(sizes),
+        compared=sum(
+            int(np.count_nonzero((found != UNSEEN) & (other != UNSEEN)))
+            for found, other in torch
+            if other is not None
+        ),
+        differing=sum(differing(key, found, view.answers) for key, found in answers.items()),
+        judged_by_torch=all(view.judged.get(key) is not view.answers.get(key) for key in keys),
+        unseen=max((unseen_share(n, len(view.evaluation.labels)) for n in seen if n), default=1.0),
+    )
+
+
+def _rows_of(variant: VariantView) -> list[ResultRow]:
+    measured = [variant.clean, *variant.curve, *variant.targeted.values(), *variant.searches]
+    measured += [*variant.left_out.values()]
+    measured += [row for attacked in variant.by_eps.values() for row in attacked.values()]
+    return [row for row in measured if row is not None]
 
 
 def where_measured(view: View) -> str:
@@ -73,31 +110,26 @@ def where_measured(view: View) -> str:
     if view.device.emulated:
         place = f"an emulated {place} (the board's own instructions under QEMU: its predictions,"
         place += " not its speed)"
-    sizes = sample_sizes(view)
-    if sizes is None:
+    sample = sample_of(view)
+    if sample is None:
         return f"Measured on {place}, on all {whole:,} images."
-    text = f"Measured on {place}, on a sample of {span(*sizes)} of {whole:,} images."
-    compared, differing = agreements(view.answers, view.device)
-    if not compared:
+    images = span(sample.fewest, sample.most)
+    text = f"Measured on {place}, on a sample of {images} of {whole:,} images."
+    if not sample.compared:
         return f"{text} Rates are the sample\u2019s own; tests compare models on what both saw."
-    if judged_by_torch(view):
+    if sample.judged_by_torch:
         return (
-            f"{text} On it, exported models predict what PyTorch does, every time ({compared:,}"
-            f" predictions): tests compare PyTorch\u2019s predictions of all {whole:,}. Rates are"
-            " PyTorch\u2019s too; their intervals say what the sample leaves open of the exported"
-            " files."
+            f"{text} There exported models predict what PyTorch does, every time"
+            f" ({sample.compared:,} predictions), and are taken to do so on the others: rates and"
+            f" tests are of PyTorch\u2019s predictions of all {whole:,}. A file may differ on up to"
+            f" {percent(sample.unseen)} of them, which the intervals of rates cover and tests do"
+            f" not: of two files, differences below {100 * 2 * sample.unseen:.1f} points are"
+            " PyTorch\u2019s."
         )
     return (
         f"{text} Rates are estimates for all {whole:,}: PyTorch\u2019s, corrected by where the"
-        f" sample differs from it ({differing:,} of {compared:,} predictions), with intervals that"
-        " say how sure that is; where PyTorch was not run they are the sample\u2019s own. Tests"
-        " compare models on the images that both saw, or on all of them by PyTorch where a file"
-        " never differed on enough of them."
+        f" sample differs from it ({sample.differing:,} of {sample.compared:,} predictions), with"
+        " intervals that say how sure that is; where PyTorch was not run they are the"
+        " sample\u2019s own. Tests compare models on the images that both were given, and on all"
+        " of them, by PyTorch, where neither file ever differed from it, on enough of them."
     )
-
-
-def judged_by_torch(view: View) -> bool:
-    """Whether every test is of all images though models were given some (`reports.agreed`)."""
-    rows = [r for v in view.variants for r in (v.clean, *v.attacked.values(), *v.curve) if r]
-    found = [view.predictions(row) for row in rows]
-    return all(p is not None and not bool((p == UNSEEN).any()) for p in found)

@@ -1,8 +1,8 @@
 """The answer in a few sentences: who survives better than the uncompressed model, if anybody.
 
 Enters: a `View`. Leaves: plain text (escaped where printed). Who is called better or more fragile
-is shown to be, and by enough to choose by. Where every model fails, the budget says nothing of
-them, and a smaller one is asked.
+is shown to be, and by enough to choose by. Where the baseline errs as often as a guess, a budget
+cannot show who errs more, and a smaller one is asked too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def headline(view: View) -> str:
             f"Nothing was attacked yet: {plural(len(view.variants), 'model')} measured on clean"
             " images only, so nothing can be said about robustness."
         )
-    at = f"under the worst perturbation measured at {epsilon(view.reference_eps)}"
+    at = f"under the worst untargeted perturbation measured at {epsilon(view.reference_eps)}"
     if len(rated) == 1:
         only = rated[0]
         which = "was attacked in full" if view.set_apart else "was attacked"
@@ -84,7 +84,7 @@ def _pairwise(view: View, rated: list[VariantView]) -> str:
             f"{span} of the images, the extremes of what was measured; no difference of {ENOUGH}"
             " or more is shown."
         )
-    less = f"Shown to err less, as measured by {ENOUGH} or more: {listed(shown)}."
+    less = f"Shown to err less, and by {ENOUGH} or more as measured: {listed(shown)}."
     return f"{span} of the images. {less}"
 
 
@@ -164,11 +164,11 @@ def _with_more_room(view: View, tests: Sequence[Comparison]) -> str:
     more = [test for test in found if test.matters and test.difference > 0]
     if not less and not more:
         return f"{text}; no variant is shown to differ by {ENOUGH} or more."
-    measured = f", as measured by {ENOUGH} or more:"
-    text += f". Shown to err less{measured} {_each(less)};" if less else "."
+    enough = f"and by {ENOUGH} or more as measured"
+    text += f". Shown to err less, {enough}: {_each(less)};" if less else "."
     if not more:
         return f"{text} none errs so much more."
-    return f"{text} {'more' if less else f'Shown to err more{measured[:-1]}'}: {_each(more)}."
+    return f"{text} {'more' if less else f'Shown to err more, {enough}'}: {_each(more)}."
 
 
 def _each(tests: list[Comparison]) -> str:

@@ -177,6 +177,8 @@ def _compare(view: View, first: ResultRow, second: ResultRow) -> Difference:
         gained, lost = (int(np.count_nonzero(x)) for x in (wrong & ~other, other & ~wrong))
         bounds = metrics.paired_difference(gained, lost, wrong.size, population=ALL_IMAGES)
         value, p = float(wrong.mean() - other.mean()), metrics.mcnemar(wrong, other)
+        if value * (rate_of(first) - rate_of(second)) < 0:
+            p = 1.0  # a sample that leans the other way than the estimates shows neither
         return Difference(value, p, *bounds)
     runs = [view.predictions(row) for row in (*ours, *theirs)]
     stacked = np.stack([run for run in runs if run is not None])

@@ -79,8 +79,6 @@ def _best(
     marks = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in spots]
     best, lowest = Label(marks[i], led=False), math.inf
     for radius in RADII:
-        if lowest <= radius - LOWERED:
-            break  # whatever is further away costs more
         for step in range(ANGLES):
             box = _box(spots[i], sizes[i], radius, 2 * math.pi * step / ANGLES)
             own = _distance(box, spots[i])
@@ -110,7 +108,7 @@ def _turn(step: int) -> float:
 
 
 def _box(spot: Spot, size: Spot, radius: float, angle: float) -> Box:
-    """The label's box, its edge this far from the point in this direction."""
+    """The label's box, beyond the point by this much across and up or down, in this direction."""
     x = spot[0] + math.cos(angle) * (radius + size[0] / 2)
     y = spot[1] + math.sin(angle) * (radius + size[1] / 2 - LOWERED)
     return (x - size[0] / 2, y - size[1] / 2, x + size[0] / 2, y + size[1] / 2)

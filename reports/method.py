@@ -45,8 +45,8 @@ DEFINITIONS = (
     ("Fleet", "the perturbation was crafted on all variants at once, in turns, step by step."),
     ("Leave-one-out", "it was crafted on the fleet without the variant it is applied to: what an"
      " attacker achieves who has every other model but not the deployed one."),
-    ("Worst of all", "the highest UER of any perturbation measured at that budget, whatever it"
-     " was crafted on, targeted or not."),
+    ("Worst untargeted", "the highest UER of any untargeted perturbation measured at that budget,"
+     " whatever it was crafted on, of those that every model faced and its own."),
     ("Controls", "random signs and a chessboard at full budget: patterns made without looking at"
      " any model. An attack that does not beat them says little."),
     ("Gradient masking", "a model looks robust because crafting on it fails, not because it is."),

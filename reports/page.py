@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from harness.seeds import METHOD
 from reports import method, panels
 from reports.black_box import black_box_table, black_box_text
-from reports.estimates import sample_sizes, where_measured
+from reports.estimates import sample_of, where_measured
 from reports.headline import headline
 from reports.heat import HeatMap, heat_maps
 from reports.inference import ALPHA, GapRow, bound_of_none, deployment_gaps
@@ -141,8 +141,10 @@ def _chips(view: View) -> list[tuple[str, str]]:
 
 def _images(view: View) -> str:
     """How many images the numbers are of; a sample says so."""
-    whole, sizes = len(view.evaluation.labels), sample_sizes(view)
-    return f"{whole:,}" if sizes is None else f"a sample: {span(*sizes)} of {whole:,}"
+    whole, sample = len(view.evaluation.labels), sample_of(view)
+    if sample is None:
+        return f"{whole:,}"
+    return f"a sample: {span(sample.fewest, sample.most)} of {whole:,}"
 
 
 def _gap_table(view: View) -> TextTable | None:

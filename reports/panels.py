@@ -16,7 +16,7 @@ from reports import figures
 from reports.advice import COSTS, Cost, latency_caveat, rated
 from reports.choosing import pareto_front
 from reports.figures import Line, Point
-from reports.inference import ALPHA, adjusted_apart, compare_apart, mean_difference
+from reports.inference import ALPHA, adjusted_apart, compare_apart, mean_difference, rate_of
 from reports.signals import masking_verdicts
 from reports.view import VariantView, View
 from reports.words import clean_text, epsilon, listed, method_colour, method_css, percent
@@ -291,7 +291,8 @@ def _bars_caption(view: View, shown: list[VariantView], full: VariantView | None
         text += f"; {full.label} has {percent(full.mean_tsr)}"
     if view.targeted_eps is not None:
         text += f", all at {epsilon(view.targeted_eps)}"
-    return text + "." + (_mean_tests(view, shown, full) if full is not None else "")
+    text += "." + (_mean_tests(view, shown, full) if full is not None else "")
+    return text + _beyond_the_untargeted(view)
 
 
 def _mean_tests(view: View, shown: list[VariantView], full: VariantView) -> str:
@@ -308,6 +309,22 @@ def _mean_tests(view: View, shown: list[VariantView], full: VariantView) -> str:
             said["lower" if pair.value < 0 else "higher"].append(variant.label)
     text = "".join(f" Shown to be {way}: {listed(who)}." for way, who in said.items() if who)
     return text or f" No mean is shown to differ from {full.label}\u2019s."
+
+
+def _beyond_the_untargeted(view: View) -> str:
+    """Who errs more under a targeted perturbation than in the table's worst case."""
+    found = []
+    for variant in view.variants:
+        worst = variant.worst
+        if worst is None or not variant.targeted:
+            continue
+        target, row = max(variant.targeted.items(), key=lambda item: rate_of(item[1]))
+        if row.eps == worst.eps and rate_of(row) > rate_of(worst):
+            name = _class_name(view, target)
+            found.append(f"{variant.label} ({percent(rate_of(row))}, {name})")
+    if not found:
+        return ""
+    return f" Measured to do more than any untargeted one, whatever is predicted: {listed(found)}."
 
 
 def _tsr(row: ResultRow) -> float:

@@ -38,7 +38,6 @@ from reports.subject import (
     in_headline,
     is_search,
     over_what_all_met,
-    towards_what_all_met,
 )
 from reports.view import DeviceId, RunKey, SeedKey, VariantView, View
 from reports.words import label_of, listed, paper_rank, plural
@@ -112,10 +111,7 @@ def build_view(store: Store, *, device: str | None = None, baseline: str | None 
         )
         for place in devices
     }
-    by_device = {
-        place: towards_what_all_met(over_what_all_met(variants))
-        for place, variants in by_device.items()
-    }
+    by_device = {place: over_what_all_met(variants) for place, variants in by_device.items()}
     base = choose_baseline(store, by_device[chosen], baseline)
     by_device = {
         place: tuple(sorted(variants, key=lambda v: v.name != base))
@@ -220,7 +216,7 @@ def _averaged(row: ResultRow, seeds: dict[SeedKey, SeedGroup]) -> ResultRow:
 
     return replace(
         row,
-        n=group.uer.n,
+        n=min(group.uer.n, *(r.n for r in group.rows)),
         uer=group.uer.value,
         uer_low=group.uer.low,
         uer_high=group.uer.high,

@@ -132,13 +132,3 @@ def over_what_all_met(variants: tuple[VariantView, ...]) -> tuple[VariantView, .
     if of_the_experiment:
         met |= {source for v in variants for source in v.attacked if is_source(source)}
     return tuple(replace(v, met_by_all=met) for v in variants)
-
-
-def towards_what_all_met(variants: tuple[VariantView, ...]) -> tuple[VariantView, ...]:
-    """The same models, with the targets that all of them met a perturbation of their own towards.
-
-    Models that nothing was crafted on have no say: of them the report warns.
-    """
-    own = [frozenset(v.targeted) for v in variants if v.white_box]
-    met = frozenset.intersection(*own) if own else frozenset()
-    return tuple(replace(v, targets_met=met) for v in variants)

@@ -120,7 +120,7 @@ def _specs(view: View) -> list[_Spec]:
     )
     return [
         _Spec(Column("Clean", "Accuracy, %"), _accuracy, _negative_accuracy),
-        _Spec(Column(uer, "Worst of all"), lambda v: _uer(v.worst, source=True), _worst),
+        _Spec(Column(uer, "Worst untar\u00adgeted"), lambda v: _uer(v.worst, source=True), _worst),
         _Spec(Column(uer, "White-box"), lambda v: _uer(v.white_box)),
         _Spec(Column(uer, "Worst transfer"), lambda v: _uer(v.worst_transfer, source=True)),
         _Spec(Column(uer, "Random sign"), lambda v: _uer(v.attacked.get("random"), brief=True)),
@@ -189,8 +189,6 @@ def _uer(row: ResultRow | None, *, source: bool = False, brief: bool = False) ->
         return Cell(DASH)
     text = percent(row.uer, unit=False)
     if source:
-        if row.target is not None:
-            return Cell(text, f"target {row.target}")
         if row.uap_source != row.variant:
             return Cell(text, label_of(row.uap_source or ""))
         return Cell(text, "no gradient" if row.attack in GRADIENT_FREE else "its own")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from harness.seeds import METHOD
 from reports import advice
-from reports.estimates import judged_by_torch, sample_sizes
+from reports.estimates import sample_of
 from reports.headline import names_of, rates_of
 from reports.inference import ALPHA, Comparison, Measure, against_baseline, ceiling
 from reports.masking import Group, Sentence, masking_group
@@ -49,7 +49,7 @@ def _versus_baseline(view: View) -> list[Sentence]:
     named: list[tuple[Measure, str]] = [
         ("clean", "Clean images"),
         ("white_box", "White-box perturbations"),
-        ("worst", "Worst perturbation measured"),
+        ("worst", "Worst untargeted perturbation"),
     ]
     for measure, title in named:
         tests = against_baseline(view, measure)
@@ -131,16 +131,20 @@ def _half_width(view: View) -> float:
 
 
 def _reach(view: View) -> list[str]:
-    sizes = sample_sizes(view)
-    images = f"these {len(view.evaluation.labels):,} images"
-    if sizes is not None and not judged_by_torch(view):
-        images = f"the images that both were given ({span(*sizes)} a model)"
+    sample = sample_of(view)
+    files, images = "files", f"these {len(view.evaluation.labels):,} images"
+    if sample is not None and sample.judged_by_torch:
+        files = "models, by PyTorch,"
+    elif sample is not None:
+        given = span(sample.fewest, sample.most)
+        images = f"the images that both were given ({given} a model; all where files agree)"
+    covered = "the choice of images" if sample is None else "what the sample leaves open"
     said = _no_better_than_a_guess(view)
     if (half := _half_width(view)) > WIDE:
         said.append(f"Error rates here are known to about \u00b1{100 * half:.0f} points only.")
     said += [
-        "Each variant is one file from one training seed: the tests above speak about these files"
-        f" on {images}, not about the compression methods. A claim about a method needs"
+        "Each variant is one file from one training seed: the tests above speak about these"
+        f" {files} on {images}, not about the compression methods. A claim about a method needs"
         f" at least three training seeds and an independently seeded {view.baseline_label}.",
     ]
     repeated = [
@@ -153,12 +157,12 @@ def _reach(view: View) -> list[str]:
         said.append(
             f"White-box UER over crafting seeds, mean and 95 % interval: {listed(repeated)}. These"
             f" intervals and the tests between them cover images and crafting seeds ({METHOD});"
-            " all others cover the choice of images only."
+            f" all others cover {covered} only."
         )
     elif view.craft is not None:
         said.append(
             "Each perturbation comes from one crafting seed, and all images share it: the"
-            " intervals cover the choice of images, not the luck of the optimiser."
+            f" intervals cover {covered}, not the luck of the optimiser."
         )
     if {"pp", "full"} <= {v.method for v in view.variants}:
         said.append(

@@ -77,9 +77,6 @@ class VariantView:
     met_by_all: frozenset[str] | None = None
     """Sources that every model faced, where the worst case is over those and its own; None: over
     all that it faced."""
-    targets_met: frozenset[int] = frozenset()
-    """Targets whose perturbations count in the worst case: those that every model faced its own
-    towards."""
 
     @property
     def label(self) -> str:
@@ -114,14 +111,9 @@ class VariantView:
 
     @property
     def worst(self) -> ResultRow | None:
-        """The row of the perturbation, of whatever source or target, under which it errs most."""
+        """The row of the perturbation, of whatever source, under which it errs most, untargeted."""
         budgets = {row.eps for row in self.attacked.values()}
         apart = [row for eps, row in self.left_out.items() if eps in budgets]
-        apart += [
-            row
-            for target, row in self.targeted.items()
-            if target in self.targets_met and row.eps == self.reference_eps
-        ]
         apart += [] if self.gradient_free is None else [self.gradient_free]
         return max([*self.faced.values(), *apart], key=_uer, default=None)
 
@@ -240,7 +232,7 @@ class View:
 
         int64 [N], in the order of the evaluation set; `UNSEEN` for images outside a sample.
         """
-        return self.judged.get(_run_of(row))
+        return self.judged.get(run_of(row))
 
     def repeats(self, row: ResultRow) -> tuple[ResultRow, ...]:
         """The rows of every crafting seed behind a row; itself where there is one seed."""
@@ -249,7 +241,7 @@ class View:
 
     def together(self, first: ResultRow, second: ResultRow) -> Together | None:
         """What two rows are judged by on the images of both; None where there are none."""
-        return self._both(self.judged.get(_run_of(first)), self.judged.get(_run_of(second)))
+        return self._both(self.judged.get(run_of(first)), self.judged.get(run_of(second)))
 
     def answered(
         self, first: ResultRow, second: ResultRow, *, torch: bool = False
@@ -258,8 +250,9 @@ class View:
 
         With `torch` the second are PyTorch's.
         """
-        key = _by_torch(second) if torch else _run_of(second)
-        return self._both(self.answers.get(_run_of(first)), self.answers.get(key))
+        model, uap, *_ = key = run_of(second)
+        key = (model, uap, "local", False, "torch") if torch else key
+        return self._both(self.answers.get(run_of(first)), self.answers.get(key))
 
     def _both(self, ours: Classes | None, theirs: Classes | None) -> Together | None:
         if ours is None or theirs is None:
@@ -271,12 +264,9 @@ class View:
         return Together(labels[both], ours[both], theirs[both])
 
 
-def _run_of(row: ResultRow) -> RunKey:
+def run_of(row: ResultRow) -> RunKey:
+    """The key of the run behind a row."""
     return (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
-
-
-def _by_torch(row: ResultRow) -> RunKey:
-    return (row.model_sha256, row.uap_sha256, "local", False, "torch")
 
 
 def _uer(row: ResultRow) -> float:

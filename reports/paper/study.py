@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from harness.presets import preset_named
 from harness.records import HarnessError, ResultRow
-from reports.estimates import judged_by_torch
+from reports.estimates import sample_of
 from reports.inference import rate_of
 from reports.paper.values import Paper, Published, paper
 from reports.view import VariantView, View
@@ -19,6 +20,7 @@ from reports.words import clean_text, label_of, listed
 
 REFERENCE_EPS = 10.0
 """The budget of the paper's Figures 2, 3 and 4."""
+UNKNOWN, UNRECORDED = "not recorded", "not recorded in the results store"
 CRAFTED = "10 epochs over"
 """The paper's passes over the images it crafts on."""
 _NAME = re.compile(r"(cifar10|svhn)(?!\d)", re.IGNORECASE)
@@ -189,8 +191,11 @@ def facts(study: Study) -> list[Fact]:
     whole = len(view.evaluation.labels)
     images = min(clean, default=whole)
     training, crafting = _training(view), _crafting(view)
+    # The paper names where the learning rate falls; the epochs are those of its preset here.
+    schedule = preset_named("paper", dataset=theirs.key).train
     evaluated = f"{images:,}"
-    if images < whole and judged_by_torch(view):
+    sample = sample_of(view)
+    if sample is not None and sample.judged_by_torch:
         evaluated = f"{whole:,} by PyTorch, {images:,} of them by exported models"
     seeds = sorted({r.seed for g in view.seeds.values() for r in g.rows if r.seed is not None})
     training_seeds = sorted({m.seed for m in models if m.seed is not None})
@@ -200,11 +205,11 @@ def facts(study: Study) -> list[Fact]:
         _fact("width", {str(m.width) for m in models}, str(setup.width)),
         _fact("preset", {m.preset for m in models}, setup.preset),
         Fact("training of Full", training, theirs.training,
-             "epoch" in training and not training.endswith("step")),
+             training not in (UNRECORDED, f"{schedule.epochs} epochs, {schedule.schedule}")),
         _fact("protocol", {protocol} - {""}, setup.protocol),
         _fact("attack", {attack} - {""}, setup.attack),
         Fact("crafting", crafting, f"{CRAFTED} the test images",
-             "epoch" in crafting and not crafting.startswith(CRAFTED)),
+             crafting != UNKNOWN and not crafting.startswith(CRAFTED)),
         Fact("images evaluated", evaluated, f"{theirs.test_images:,}",
              not evaluated.startswith(f"{theirs.test_images:,}")),
         Fact("training seeds per model", f"1 (seed {listed([str(s) for s in training_seeds])})"
@@ -234,7 +239,7 @@ def _training(view: View) -> str:
     """As its record says; those of older versions do not."""
     full = next((v.model for v in view.variants if v.name == "full"), None)
     said = full.manifest.get("training") if full is not None else None
-    return said if isinstance(said, str) else "not recorded in the results store"
+    return said if isinstance(said, str) else UNRECORDED
 
 
 def _fact(name: str, here: set[str], theirs: str) -> Fact:
@@ -256,7 +261,7 @@ def _crafting(view: View) -> str:
             epochs = settings.get("epochs") if isinstance(settings, dict) else None
             if isinstance(epochs, int) and isinstance(images, int):
                 found.add(f"{epochs:,} epochs over {images:,} images")
-    return found.pop() if len(found) == 1 else "not alike" if found else "not recorded"
+    return found.pop() if len(found) == 1 else "not alike" if found else UNKNOWN
 
 
 def scale_text(study: Study) -> str:

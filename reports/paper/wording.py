@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from reports.estimates import judged_by_torch, sample_sizes
+from reports.estimates import sample_of
 from reports.inference import ALPHA
 from reports.method import TextTable
 from reports.paper.checks import Check, Contrast, Decided, State
@@ -111,11 +111,12 @@ def tests_text(study: Study, judged: list[Judged]) -> str:
             " Between the data sets, whose images were drawn apart, the intervals of both sides are"
             f" joined (MOVER); these {plural(between, 'test')} are a family of their own."
         )
-    sample = ""
-    if (sizes := sample_sizes(study.view)) is not None and judged_by_torch(study.view):
-        sample = (
-            f" Exported models were given {span(*sizes)} of the images and predicted what PyTorch"
-            " does, every time: predictions here are PyTorch\u2019s, of all images."
+    given = ""
+    if (sample := sample_of(study.view)) is not None and sample.judged_by_torch:
+        given = (
+            f" Exported models were given {span(sample.fewest, sample.most)} of the images and"
+            " predicted what PyTorch does, every time: predictions here are PyTorch\u2019s, of all"
+            " images."
         )
     return (
         f"Claims are judged at \u03b5 = {study.eps:g}/255, targeted ones at"
@@ -125,7 +126,7 @@ def tests_text(study: Study, judged: list[Judged]) -> str:
         f" {plural(own, 'test')} on this data set are one Holm family, at"
         f" {percent(ALPHA)}; the intervals of a claim hold together at 95 % (Bonferroni). A"
         " direction is refuted where the other one is shown, or where the interval"
-        f" leaves less than 5 points of it (none, where the claim is about a ratio).{apart}{sample}"
+        f" leaves less than 5 points of it (none, where the claim is about a ratio).{apart}{given}"
     )
 
 

@@ -9,10 +9,9 @@ import pytest
 
 from harness.metrics import UNSEEN
 from reports import inference
-from reports.agreed import agreed, agreements
+from reports.agreed import agreed
 from reports.estimates import where_measured
 from reports.selection import build_view
-from reports.view import DeviceId
 from tests.reports.synthetic import uap
 
 N = 10_000
@@ -37,7 +36,6 @@ def torch() -> np.ndarray:
 def test_a_file_that_agrees_is_judged_by_pytorch_on_all_images(torch):
     answers = {TORCH: torch, FILE: sample(torch, 250)}
     assert agreed(answers)[FILE] is torch
-    assert agreements(answers, DeviceId("local", False)) == (250, 0)
 
 
 def test_one_answer_otherwise_and_all_of_the_files_samples_speak_for_themselves(torch):
@@ -48,15 +46,19 @@ def test_one_answer_otherwise_and_all_of_the_files_samples_speak_for_themselves(
     judged = agreed(answers)
     assert judged[FILE] is answers[FILE]
     assert judged[CLEAN_FILE] is other
-    assert agreements(answers, DeviceId("local", False)) == (500, 1)
 
 
-def test_another_place_where_it_differs_says_nothing_of_this_one(torch):
-    board = ("m", "u", "rpi4", True, "onnxruntime")
-    answers = {TORCH: torch, FILE: sample(torch, 250), board: (sample(torch, 250) + 1) % 10}
+def test_a_file_that_differs_anywhere_speaks_by_its_samples_everywhere(torch):
+    board, another = ("m", "u", "rpi4", True, "onnxruntime"), ("n", "u", *FILE[2:])
+    there = sample(torch, 250)
+    seen = np.flatnonzero(there != UNSEEN)[0]
+    there[seen] = (there[seen] + 1) % 10
+    answers = {TORCH: torch, FILE: sample(torch, 250), board: there}
+    answers |= {("n", *TORCH[1:]): torch, another: sample(torch, 250)}
     judged = agreed(answers)
-    assert judged[FILE] is torch
-    assert judged[board] is answers[board]
+    assert judged[FILE] is answers[FILE]
+    assert judged[board] is there
+    assert judged[another] is torch
 
 
 @pytest.mark.parametrize(("n", "enough"), [(117, False), (118, True)])
@@ -70,7 +72,6 @@ def test_without_all_of_pytorchs_answers_there_is_nothing_to_take(torch):
     assert agreed(alone)[FILE] is alone[FILE]
     partly = {TORCH: sample(torch, 5_000), FILE: sample(torch, 250)}
     assert agreed(partly)[FILE] is partly[FILE]
-    assert agreements(alone, DeviceId("local", False)) == (0, 0)
 
 
 def plant(planter, store, *, differing: int):
@@ -115,6 +116,65 @@ def test_files_that_differ_from_pytorch_are_compared_on_what_they_saw(planter, s
     (test,) = inference.against_baseline(view, "white_box")
     assert not test.shown
     assert "(12 of 800 predictions)" in where_measured(view)
+
+
+def test_a_model_run_on_all_images_is_judged_by_its_own_answers(planter, store):
+    p = planter("full", "q4")
+    answers = p.erring(0.60, "full")
+    own = answers.copy()
+    own[:30] = (own[:30] + 1) % 10
+    part = tuple(range(0, 600, 3))
+    for under in (None, uap("full", 10.0)):
+        store.add_prediction_runs(
+            [p.run("full", under, answers, "torch"), p.run("full", under, own)]
+        )
+    for under in (None, uap("q4", 10.0)):
+        run = p.run("q4", under, answers)
+        some = tuple(run.predictions[i] for i in part)
+        store.add_prediction_runs(
+            [p.run("q4", under, answers, "torch"), replace(run, predictions=some, indices=part)]
+        )
+    said = where_measured(build_view(store))
+    assert "a sample of 200\u2013600 of 600 images" in said
+    assert "every time" not in said
+    assert "(60 of 1,600 predictions)" in said
+
+
+def test_a_row_that_pytorch_did_not_see_keeps_the_page_from_saying_all(planter, store):
+    plant(planter, store, differing=0)
+    assert "every time" in where_measured(build_view(store))
+    p = planter("full", "q4")
+    run = p.run("full", uap("full", 10.0, target=3), p.steered(0.4, 3, "full"))
+    part = tuple(range(0, 600, 3))
+    some = replace(run, predictions=tuple(run.predictions[i] for i in part), indices=part)
+    store.add_uap(uap("full", 10.0, target=3))
+    store.add_prediction_runs([some])
+    assert "every time" not in where_measured(build_view(store))
+
+
+def test_a_sample_that_leans_the_other_way_than_the_estimates_shows_nothing(planter, store):
+    """Q4 errs less on the images that its file saw, and more by the estimate of all."""
+    p = planter("full", "q4")
+    part = np.arange(0, 600, 3)
+    right = p.labels.copy()
+    full, q4 = right.copy(), right.copy()
+    full[part[:60]] = (right[part[:60]] + 1) % 10
+    other = np.setdiff1d(np.arange(600), part)[:200]
+    q4[other] = (right[other] + 1) % 10
+    device = q4[part].copy()
+    device[0] = (right[0] + 1) % 10  # otherwise than PyTorch, so the sample speaks for itself
+    for name, torch, there in (("full", full, full[part]), ("q4", q4, device)):
+        for under in (None, uap(name, 10.0)):
+            some = replace(
+                p.run(name, under, torch),
+                predictions=tuple(int(v) for v in there),
+                indices=tuple(int(i) for i in part),
+            )
+            store.add_prediction_runs([p.run(name, under, torch, "torch"), some])
+    (test,) = inference.against_baseline(build_view(store), "white_box")
+    sample = float(np.mean(device != right[part]) - np.mean(full[part] != right[part]))
+    assert sample * test.difference < 0
+    assert not test.shown
 
 
 def test_the_deployment_gap_is_of_the_images_that_the_device_saw(planter, store):

@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reports.labels import CLEARER, Label, place_labels
+from reports.labels import CLEARER, MARK, Label, place_labels
 
 FRAME = (0.0, 0.0, 280.0, 190.0)
 SIZE = (30.0, 10.5)
@@ -41,7 +41,17 @@ def test_labels_stay_inside_and_say_whose_they_are(spots):
         others = [far(label, spot) for j, spot in enumerate(spots) if j != i]
         if not label.led:
             assert min(others, default=math.inf) >= far(label, spots[i]) + CLEARER
-    assert labels == place_labels(spots, [SIZE] * len(spots), FRAME)
+
+
+@given(st.permutations([(x, y) for x in (30.0, 110.0, 190.0) for y in (40.0, 100.0, 160.0)]))
+@settings(deadline=None)
+def test_where_there_is_room_no_label_covers_another_or_a_mark(spots):
+    labels = place_labels(spots, [SIZE] * len(spots), FRAME)
+    marks = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in spots]
+    for i, one in enumerate(labels):
+        assert not one.led
+        assert all(apart(one.box, other.box) for other in labels[i + 1 :])
+        assert all(apart(one.box, mark) for mark in marks)
 
 
 def test_the_crowd_that_width_64_makes_of_file_sizes_is_told_apart():

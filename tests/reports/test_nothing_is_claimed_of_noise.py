@@ -108,7 +108,7 @@ FAMILIES = {
     "headline": lambda view: [headline(view)],
     "clean": lambda view: sentences(view, "against-full", "Clean images"),
     "white box": lambda view: sentences(view, "against-full", "White-box perturbations"),
-    "worst": lambda view: sentences(view, "against-full", "Worst perturbation measured"),
+    "worst": lambda view: sentences(view, "against-full", "Worst untargeted perturbation"),
     "masking": lambda view: (
         [v.word for v in masking_verdicts(view) if v.word == "masked"] + sentences(view, "masking")
     ),

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from harness.records import PAPER_ORDER
 from harness.results import result_rows
-from reports.paper import figures
+from reports.paper import figures, wording
+from reports.paper.checks import Check, Decided, Estimated, state_of
+from reports.paper.judging import judge
 from reports.paper.page import SECTIONS
 from reports.paper.study import facts, scale_text, study_of
 from reports.paper.values import paper
@@ -95,7 +97,9 @@ def test_a_run_like_the_papers_may_be_compared(store):
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"training": "160 epochs, steps"}, "160 epochs, steps"),
+        ({"training": "160 epochs, step"}, "160 epochs, step"),
+        ({"training": "5 epochs, step"}, "5 epochs, step"),
+        ({"training": "50 epochs, one_cycle"}, "50 epochs, one_cycle"),
         ({"training": ["damaged"]}, "not recorded in the results store"),
         ({}, "not recorded in the results store"),
     ],
@@ -108,7 +112,46 @@ def test_the_epochs_of_training_are_those_of_fulls_export(store, manifest, said)
         for v in view.variants
     )
     found = facts(study_of(replace(view, variants=variants)))
-    assert [f.here for f in found if f.name == "training of Full"] == [said]
+    (training,) = [f for f in found if f.name == "training of Full"]
+    assert training.here == said
+    assert training.differs == said.startswith("5")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "differs"), [((10, 10), False), ((5, 5), True), ((10, 5), True)]
+)
+def test_other_passes_of_crafting_are_another_scale(store, epochs, differs):
+    paper_store.plant(store, lambda *_: 0.5, lambda *_: None, names=("full", "q4"), images=20)
+    view = build_view(store)
+    passes = dict(zip(("full", "q4"), epochs, strict=True))
+    uaps = {
+        sha256: replace(uap, meta={"settings": {"epochs": passes.get(uap.source)}, "images": 20})
+        for sha256, uap in view.uaps.items()
+    }
+    found = facts(study_of(replace(view, uaps=uaps)))
+    assert [f.differs for f in found if f.name == "crafting"] == [differs]
+
+
+def test_a_sample_that_agrees_is_judged_by_pytorch_and_the_page_says_so(store):
+    paper_store.plant_paper(store, "cifar10", images=600, names=("full", "q4"))
+    current = store.predictions()
+    by_torch = [replace(s.run, runtime="torch") for s in current]
+    part = tuple(range(0, 600, 3))
+    store.add_prediction_runs(by_torch)
+    sampled = [
+        replace(run, runtime="onnxruntime", indices=part, device="rpi4",
+                predictions=tuple(run.predictions[i] for i in part))
+        for run in by_torch
+    ]  # fmt: skip
+    store.add_prediction_runs(sampled)
+    study = study_of(build_view(store, device="rpi4"))
+    (images,) = [f.here for f in facts(study) if f.name == "images evaluated"]
+    assert images == "600 by PyTorch, 200 of them by exported models"
+    said = wording.tests_text(study, judge(study))
+    assert "given 200 of the images and predicted what PyTorch does, every time" in said
+    assert "Exported models" not in wording.tests_text(
+        study_of(build_view(store, device="local")), []
+    )
 
 
 def test_every_number_of_the_json_is_the_rows_or_the_papers(svhn):
@@ -354,3 +397,28 @@ def test_the_command_names_the_files_it_wrote(tmp_path, dataset):
     paper_files = {"paper", "paper_json"} if dataset == "cifar10" else set()
     assert {name for name in written if name.startswith("paper")} == paper_files
     assert {str(path) for path in (tmp_path / "report").iterdir()} == set(written.values())
+
+
+@pytest.mark.parametrize(
+    ("expects", "low", "high", "p", "said"),
+    [
+        ("lower", -0.12, -0.08, 0.001, "shown"),
+        ("lower", 0.08, 0.12, 0.001, "the other way"),
+        ("lower", -0.04, 0.03, 1.0, "less than 5 points"),
+        ("lower", -0.08, 0.03, 1.0, "open"),
+        ("same", -0.12, -0.08, 0.001, "refuted"),
+    ],
+)
+def test_what_came_of_a_comparison_is_said_in_words(expects, low, high, p, said):
+    check = Check("", (), (), expects)
+    found = Estimated(0.5, 0.5, (low + high) / 2, low, high, p, 100)
+    assert wording._state(Decided(check, found, state_of(check, found))) == said
+
+
+def test_each_part_of_a_claim_has_its_own_verdict(store):
+    paper_store.plant_paper(store, "cifar10", images=1_000)
+    study = study_of(build_view(store))
+    claims = {claim.anchor: claim for claim in wording.claim_texts(study, judge(study))}
+    masking, victim = claims["q-masking"].parts, claims["sfp-victim"].parts
+    assert [part.words.rpartition(": ")[2] for part in masking] == ["shown", "shown"]
+    assert ": " not in victim[0].words

@@ -80,7 +80,7 @@ def test_the_headline_and_the_table_agree_on_the_estimate(sampled):
 def test_no_sentence_claims_tests_on_images_a_model_did_not_see(sampled):
     text = markdown_text(sampled).replace("\\", "")
     assert "on these 600 images" not in text
-    assert "the images that both were given (100\u2013330 a model)" in text
+    assert "the images that both were given (100\u2013330 a model; all where files agree)" in text
 
 
 def test_without_pytorch_a_sample_stands_for_itself(planter, store):
