@@ -10,13 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.presets import preset_named
 from harness.records import PAPER_ORDER
 from harness.results import result_rows
 from reports.paper import figures, wording
 from reports.paper.checks import Check, Decided, Estimated, state_of
 from reports.paper.judging import judge
 from reports.paper.page import SECTIONS
-from reports.paper.study import facts, scale_text, study_of
+from reports.paper.study import AS_PAPER, facts, scale_text, study_of
 from reports.paper.values import paper
 from reports.portable import portable
 from reports.report import write_report
@@ -115,6 +116,12 @@ def test_the_epochs_of_training_are_those_of_fulls_export(store, manifest, said)
     (training,) = [f for f in found if f.name == "training of Full"]
     assert training.here == said
     assert training.differs == said.startswith("5")
+
+
+@pytest.mark.parametrize("key", ["cifar10", "svhn"])
+def test_the_papers_schedule_is_that_of_its_preset(key):
+    train = preset_named("paper", dataset=key).train
+    assert AS_PAPER[key] == f"{train.epochs} epochs, {train.schedule}"
 
 
 @pytest.mark.parametrize(

@@ -403,4 +403,4 @@ def test_targeted_perturbations_are_no_worst_case_but_who_errs_more_under_one_is
     view = build_view(store)
     assert [v.worst.uer for v in view.variants] == [pytest.approx(0.50), pytest.approx(0.40)]
     said = bars(view).caption.replace(words.NBSP, " ")
-    assert said.endswith("whatever is predicted: Q2 (70.0 %, 3).")
+    assert said.endswith("whatever is predicted: Q2 (70.0 %, three).")
