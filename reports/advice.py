@@ -1,21 +1,19 @@
-"""Deployment advice: which variant under which constraint, and what a mixed fleet would gain.
+"""Deployment advice: which variant under which constraint.
 
 Enters: a `View`. Leaves: plain-text sentences. Advice follows the Pareto front of worst-case UER
-against a cost; a step along it is called an improvement only where a paired test shows one.
+against a cost, of those that keep the baseline's clean accuracy; a step along it is called an
+improvement only where a paired test shows one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from harness import metrics
-from harness.records import ResultRow
-from harness.sources import FLEET
 from reports import words
-from reports.choosing import fleet_mix, pareto_front
-from reports.inference import ALPHA, MARGIN, adjusted_apart, holm, mean_difference, paired, rate_of
+from reports.choosing import pareto_front
+from reports.inference import ALPHA, MARGIN, adjusted_apart, holm, inaccurate, paired
 from reports.view import VariantView, View
 from reports.words import label_of, listed, p_value, percent
 
@@ -120,7 +118,7 @@ def _sound(variant: VariantView) -> bool:
 
 def by_constraint(view: View) -> list[str]:
     """One sentence or two for each cost."""
-    said = []
+    said, poor = [], {test.variant.name for test in inaccurate(view)}
     for cost in COSTS:
         points = rated(view, cost)
         if len(points) < 2:
@@ -135,7 +133,10 @@ def by_constraint(view: View) -> list[str]:
                 doubtful = listed([p[0].label for p in points if not _sound(p[0])])
                 left_out = f" Left out, measurement not valid: {doubtful}."
             points = sound
-        said.append(_advice(view, cost, points) + left_out)
+        kept = [p for p in points if p[0].name not in poor]
+        if kept:
+            dropped = [p for p in points if p[0].name in poor]
+            said.append(_advice(view, cost, kept) + _at_a_price(view, cost, dropped) + left_out)
     accurate = max(
         (v for v in view.variants if v.clean and v.clean.clean_accuracy is not None),
         key=lambda v: (v.clean.clean_accuracy or 0.0) if v.clean else 0.0,
@@ -195,6 +196,20 @@ def _advice(view: View, cost: Cost, points: list[Rated]) -> str:
     return text
 
 
+def _at_a_price(view: View, cost: Cost, dropped: list[Rated]) -> str:
+    """What was no candidate, since it is shown to give up too much of the clean accuracy."""
+    if not dropped:
+        return ""
+    named = [
+        f"{v.label} ({cost.show(value)}{_accuracy(v)}, {percent(uer)} wrong at worst)"
+        for v, value, uer in sorted(dropped, key=lambda p: p[1])
+    ]
+    return (
+        f" Not considered, right on clean images less often than {view.baseline_label} by"
+        f" {100 * MARGIN:.0f} points or more: {listed(named)}."
+    )
+
+
 def _most_accurate(view: View, chosen: Rated, points: list[Rated]) -> Rated:
     """Of those that cost the same and are no worse under attack, the best on clean images.
 
@@ -252,95 +267,3 @@ def _accuracy(variant: VariantView) -> str:
     if variant.clean is None:
         return ""
     return f", {percent(variant.clean.clean_accuracy)} right on clean images"
-
-
-def fleet(view: View) -> list[str]:
-    """What a perturbation made for one variant does to the others, and one made for all."""
-    return _carried_over(view) + _made_for_all(view)
-
-
-def _made_for_all(view: View) -> list[str]:
-    rows = [row for v in view.variants if (row := v.attacked.get(FLEET)) is not None]
-    if not rows or view.reference_eps is None:
-        return []
-    low, high = min(rows, key=rate_of), max(rows, key=rate_of)
-    text = f"One perturbation crafted on all variants at once reaches {percent(rate_of(low))} UER"
-    text += f" on {label_of(low.variant)}"
-    if len(rows) > 1:
-        mean = sum(rate_of(row) for row in rows) / len(rows)
-        text += f" and {percent(rate_of(high))} on {label_of(high.variant)}"
-        text += f", {percent(mean)} on average"
-    return [f"{text}: the attacker needs no knowledge of which variant a device runs."]
-
-
-def _carried_over(view: View) -> list[str]:
-    carried: dict[str, list[ResultRow]] = {}
-    for victim in view.variants:
-        for row in victim.transfers:
-            if row.uer is not None and row.uap_source is not None:
-                carried.setdefault(row.uap_source, []).append(row)
-    if not carried:
-        return []
-    means = {s: sum(rate_of(r) for r in rows) / len(rows) for s, rows in carried.items()}
-    strongest = max(means, key=lambda s: means[s])
-    low, high = min(carried[strongest], key=rate_of), max(carried[strongest], key=rate_of)
-    reach = f"{percent(low.uer)} UER on {label_of(low.variant)}"
-    if len(carried[strongest]) > 1:
-        reach = (
-            f"{percent(means[strongest])} UER on average over the other variants"
-            f" ({percent(low.uer)} on {label_of(low.variant)}, {percent(high.uer)} on"
-            f" {label_of(high.variant)})"
-        )
-    said = [
-        f"An attacker who extracts one device attacks the others too: the perturbation crafted on"
-        f" {label_of(strongest)} reaches {reach}{_most_carried(view, carried, strongest)}."
-    ]
-    mix = fleet_mix(view)
-    if mix is None:
-        said.append("The transfer matrix is incomplete, so no mix of variants is computed.")
-    elif mix.best_single_worst - mix.worst < 0.005 or not mix.shown:
-        gain = (
-            "buys nothing" if mix.best_single_worst - mix.worst < 0.005 else "is not shown to gain"
-        )
-        said.append(
-            f"Mixing variants {gain} here: against any single perturbation of the matrix, a fleet"
-            f" of {label_of(mix.best_single)} alone errs on at most"
-            f" {percent(mix.best_single_worst)}, the best mix on {percent(mix.worst)} of the very"
-            " images it was chosen on."
-        )
-    else:
-        shares = listed([f"{share:.0%} {label_of(name)}" for name, share in mix.shares])
-        said.append(
-            f"A fleet of {shares} would err on at most {percent(mix.worst)} under any single"
-            f" perturbation of the matrix, against {percent(mix.best_single_worst)} for"
-            f" {label_of(mix.best_single)} alone (minimax mix; a gain is shown on images that it"
-            " was not chosen on; an attacker who optimises against the mix may do better)."
-        )
-    return said
-
-
-def _most_carried(view: View, carried: dict[str, list[ResultRow]], strongest: str) -> str:
-    """Whether the highest average is shown to be one, of all pairs of sources.
-
-    Each mean leaves its own source out, so two sources are compared on the victims of both.
-    """
-    sources = sorted(carried)
-    pairs = list(combinations(sources, 2))
-    found = []
-    for first, second in pairs:
-        both = {r.variant for r in carried[first]} & {r.variant for r in carried[second]}
-        rows = [[r for r in carried[s] if r.variant in both] for s in (first, second)]
-        found.append(mean_difference(view, *rows))
-    p_values = holm([difference.p for difference in found])
-    beaten = []
-    for (first, second), difference, p in zip(pairs, found, p_values, strict=True):
-        ahead = difference.value if first == strongest else -difference.value
-        if strongest in (first, second) and p < ALPHA and ahead > 0:
-            beaten.append(second if first == strongest else first)
-    if not pairs:
-        return ""
-    if not beaten:
-        return ", the highest measured; no source is shown to carry over less"
-    if len(beaten) == len(sources) - 1:
-        return ", shown to be more than any other source\u2019s on the victims both met"
-    return f", shown to be more than that of {listed([label_of(s) for s in beaten])}"

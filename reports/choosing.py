@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 
 from harness.bootstrap import difference
 from harness.metrics import UNSEEN
-from reports.inference import ALPHA, rate_of
+from reports.inference import ALPHA, inaccurate, rate_of
 from reports.view import VariantView, View
 
 
@@ -49,6 +49,8 @@ def fleet_mix(view: View) -> FleetMix | None:
     sources = sorted({s for v in view.variants for s in v.attacked})
     victims = [v for v in view.variants if all(s in v.attacked for s in sources)]
     incomplete = {v.name for v in view.variants} - {v.name for v in victims}
+    poor = {test.variant.name for test in inaccurate(view)}
+    victims = [v for v in victims if v.name not in poor]
     if len(victims) < 2 or incomplete.intersection(sources) or len(sources) < 2:
         return None
     uer = np.array([[rate_of(v.attacked[s]) for s in sources] for v in victims])  # [V, S]

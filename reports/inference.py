@@ -107,6 +107,11 @@ def _against(
     ]
 
 
+def inaccurate(view: View) -> list[Comparison]:
+    """Who is shown to give up `MARGIN` or more of the baseline's clean accuracy."""
+    return [t for t in against_baseline(view, "clean") if t.matters and t.difference > 0]
+
+
 def ceiling(view: View) -> float:
     """What a guess errs on: the highest UER that an attack can be expected to reach."""
     return 1 - 1 / max(2, len(view.evaluation.classes))

@@ -7,7 +7,7 @@ claimed only where a paired test shows one; otherwise it says so.
 from __future__ import annotations
 
 from harness.seeds import METHOD
-from reports import advice
+from reports import advice, fleet
 from reports.estimates import sample_of
 from reports.headline import names_of, rates_of
 from reports.inference import ALPHA, Comparison, Measure, against_baseline, ceiling
@@ -27,7 +27,7 @@ def conclusions(view: View) -> list[Group]:
         Group("reach", "How far this reaches", _bare(_reach(view))),
         masking_group(view),
         Group("advice", "Which to deploy", _bare(deploy)),
-        Group("fleet", "Across a mixed fleet", _bare(advice.fleet(view))),
+        Group("fleet", "Across a mixed fleet", _bare(fleet.fleet(view))),
     ]
     return [group for group in groups if group.sentences]
 

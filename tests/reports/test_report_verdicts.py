@@ -404,3 +404,14 @@ def test_targeted_perturbations_are_no_worst_case_but_who_errs_more_under_one_is
     assert [v.worst.uer for v in view.variants] == [pytest.approx(0.50), pytest.approx(0.40)]
     said = bars(view).caption.replace(words.NBSP, " ")
     assert said.endswith("whatever is predicted: Q2 (70.0 %, three).")
+
+
+def test_who_gives_up_clean_accuracy_is_not_advised_but_named_with_its_price(planter, store):
+    p = planter("full", "q2", "q4")  # by file size: Q2, Q4, Full
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.80})
+    plant(p, "q2", {(None, None): 0.60, ("q2", 10.0): 0.70})
+    plant(p, "q4", {(None, None): 0.05, ("q4", 10.0): 0.75})
+    said = advice_text(store).replace(words.NBSP, " ")
+    assert "If file size is the limit, take Q4" in said
+    assert "right on clean images less often than Full by 5 points or more: Q2 (" in said
+    assert "40.0 % right on clean images, 70.0 % wrong at worst)" in said
