@@ -39,6 +39,11 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"{path} is not UTF-8 text: write it anew with `harness init`") from None
     except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
         raise UsageError(f"{path} is not valid TOML: {error}") from None
+    if not values:
+        raise UsageError(
+            f"{path} says nothing: put back what it said, or delete it and write one with"
+            " `harness init`"
+        )
     return config_from_dict(values, where=path.name)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from harness.artefacts import write_atomic
 from harness.config import Config
 from harness.config_file import load_config, to_toml
-from harness.records import CONTROLS, HarnessError, UsageError
+from harness.records import CONTROLS, DEPLOYABLE, PAPER_ORDER, HarnessError, UsageError
 
 CONFIG_NAME = "harness.toml"
 DEFAULT_ATTACK = ""
@@ -114,6 +114,14 @@ class Workspace:
         """The perturbation of that name."""
         return self.cache / f"{name.stem}.pt"
 
+    def of_ones_own(self) -> list[str]:
+        """Names of a user's models that were exported here, where none of the ten was trained."""
+        if any(self.checkpoint(name).exists() for name in PAPER_ORDER):
+            return []
+        names = [path.stem for path in sorted(self.cache.glob("*.json"))]
+        own = [name for name in names if name.removesuffix("_compat") not in DEPLOYABLE]
+        return [name for name in own if self.onnx(name).exists()]
+
     def partial(self, name: str) -> Path:
         """State of unfinished work."""
         return self.cache / ".partial" / f"{name}.pt"
@@ -140,6 +148,11 @@ class Workspace:
             yield
         finally:
             os.close(handle)
+
+
+def holds_work(root: Path) -> bool:
+    """Whether a folder has what an experiment built or measured."""
+    return (root / "results.db").exists() or any((root / "cache").glob("*.pt"))
 
 
 def create_workspace(root: Path, config: Config) -> Workspace:

@@ -204,6 +204,12 @@ def _exported(context: Context) -> list[str]:
     from harness.records import DEPLOYABLE, PAPER_ORDER
 
     there = [name for name in DEPLOYABLE if context.workspace.onnx(name).exists()]
+    if not there and (own := context.workspace.of_ones_own()):
+        files = " ".join(f"--onnx {context.workspace.onnx(name)}" for name in own)
+        raise UsageError(
+            f"name models of your own with --factory, or their files: {files};"
+            " --all trains the ten variants"
+        )
     return there or list(PAPER_ORDER)
 
 

@@ -137,7 +137,7 @@ def run(
         tasks, victims, names = brought_experiment(model, device)
         paths = [workspace.uap(name) for name in names]
     else:
-        variants = _variants(models, all_models)
+        variants = _variants(workspace, models, all_models)
         tasks = experiment_tasks(context, variants, device)
         victims, paths = experiment_files(context, variants)
     if dry_run:
@@ -195,11 +195,21 @@ def plan(
     device = device_named(device_name)
     workspace = agreed_workspace(root, preset, dataset, seed)
     context = make_context(workspace, accelerator=accelerator, data_dir=data_dir, planning=True)
-    tasks = experiment_tasks(context, _variants(models, all_models), device)
+    tasks = experiment_tasks(context, _variants(workspace, models, all_models), device)
     print_plan(context, tasks, as_json=as_json)
 
 
-def _variants(models: tuple[str, ...], all_models: bool) -> list[str]:
+def _variants(workspace: Workspace, models: tuple[str, ...], all_models: bool) -> list[str]:
+    """Those named, else all ten, unless it is a workspace of models of the user's own.
+
+    Raises:
+        UsageError: it is.
+    """
+    if not models and not all_models and (own := workspace.of_ones_own()):
+        raise UsageError(
+            f"{workspace.root} is of models of your own ({', '.join(own)}): take one with --factory"
+            " (run --dry-run --factory plans it), or --all to train the ten variants beside them"
+        )
     return chosen_variants(models, all_models or not models)
 
 
@@ -234,11 +244,17 @@ def agreed_workspace(
     """The workspace, a new one not written yet; flags must agree with one that is there.
 
     Raises:
-        UsageError: a flag contradicts harness.toml.
+        UsageError: a flag contradicts harness.toml, or that is lost and what it made is not.
     """
-    from harness.workspace import CONFIG_NAME, Workspace, open_workspace
+    from harness.workspace import CONFIG_NAME, Workspace, holds_work, open_workspace
 
     if not (root / CONFIG_NAME).exists():
+        if holds_work(root):
+            raise UsageError(
+                f"{root} holds models or results but no {CONFIG_NAME}, which says what they are of:"
+                f" put it back (or write one with `harness init`, and what differs from it is built"
+                " again), or take another folder with --workspace"
+            )
         return Workspace(root, _configuration(root, preset, dataset, seed))
     workspace = open_workspace(root)
     wanted = _configuration(root, preset or workspace.config.preset, dataset, seed)

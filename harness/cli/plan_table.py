@@ -24,9 +24,11 @@ def print_plan(
 ) -> None:
     """Print every task with its state; builds nothing. `brought`: whose model the work is about."""
     from harness.pipeline.estimate import elapsed_seconds, measured_rates
+    from harness.pipeline.tasks import to_build
 
     rates = measured_rates(context, brought.model if brought else None)
-    states = [(task, task.is_done()) for task in tasks]
+    building = {task.name for task in to_build(tasks)}
+    states = [(task, task.name not in building) for task in tasks]
     if as_json:
         rows = [
             {

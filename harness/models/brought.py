@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from harness.data.torchvision_shim import import_torchvision
 from harness.models.brought_weights import fill, one_line, read_state
 from harness.records import CONTROLS, DEPLOYABLE, HarnessError, UsageError
 from harness.sources import FLEET
+from harness.streams import stdout_spared
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 OURS = ("harness", "export", "devices", "reports")
@@ -247,7 +248,7 @@ def theirs(doing: str, *, keep: type[Exception] | None = None) -> Iterator[None]
     """
     try:
         # What their code prints is no data of ours, and their warnings are theirs.
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        with warnings.catch_warnings(), stdout_spared():
             warnings.simplefilter("default")
             yield
     except HarnessError:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +24,7 @@ from harness.pipeline.running import run_tasks
 from harness.pipeline.tasks import EVERYTHING, Deadline, Reporter, Shared, Silent, Task
 from harness.records import EvaluationSet, UsageError
 from harness.store import Store, open_store
+from harness.streams import stdout_spared
 from harness.workspace import Workspace
 
 EXAMPLE_IMAGES = 8
@@ -102,7 +101,7 @@ class Context:
     def build(self, tasks: Sequence[Task]) -> int:
         """Run what is not done yet, side by side where that pays. Returns how many were run."""
         assert not self.planning  # its images may be zeros
-        with redirect_stdout(sys.stderr):  # what a user's model prints is no data of ours
+        with stdout_spared():
             return run_tasks(tasks, self.reporter, jobs=self.jobs, deadline=self.deadline)
 
     @property

@@ -57,6 +57,7 @@ def latency_task(
         name=f"latency on {device.name} ({settings.mode})",
         work=0.0,
         known_s=settings.processes * seconds * len(victims),
+        after=tuple(f"export {victim.onnx.stem}" for victim in victims),
         is_done=lambda: _rounds_done(context, victims, device, settings) >= settings.processes,
         run=lambda progress: _measure(context, victims, device, uap, settings, progress),
     )

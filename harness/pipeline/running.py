@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.pipeline.tasks import EVERYTHING, TELLING, Deadline, Reporter, Shared, Task
+from harness.pipeline.tasks import EVERYTHING, TELLING, Deadline, Reporter, Shared, Task, to_build
 from harness.records import TimeLimitReached
 
 
@@ -46,8 +46,7 @@ def run_tasks(
         TimeLimitReached: the deadline is over and there is work left.
     """
     deadline = deadline or Deadline()
-    # What is valid now takes no time; what is made anew on the way may turn out so, too.
-    reporter.begin([task for task in tasks if not task.is_done()])
+    reporter.begin(to_build(tasks))
     run = _Run(reporter, jobs or {}, deadline)
     try:
         return sum(run.phase(phase) for phase in phases(tasks))

@@ -64,6 +64,19 @@ class Task:
         return self.forwards / self.weight if self.weight else 1.0
 
 
+def to_build(tasks: Sequence[Task]) -> list[Task]:
+    """What is not done, and what is of something that is not: it may turn out the same, seldom.
+
+    Args:
+        tasks: in an order that respects their dependencies.
+    """
+    found: dict[str, Task] = {}
+    for task in tasks:
+        if found.keys() & set(task.after) or not task.is_done():
+            found[task.name] = task
+    return list(found.values())
+
+
 class Reporter(Protocol):
     """Who is told how far the work is. All of it goes to standard error."""
 

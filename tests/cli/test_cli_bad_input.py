@@ -425,6 +425,20 @@ def test_the_configuration_is_not_text(run: Run, workspace: Path, folder: Path) 
     check(run, Case("", "run", ("not UTF-8",)), workspace=workspace, folder=folder)
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "train --all", f"attack-device {UAP}"])
+@pytest.mark.parametrize("lost", ["gone", "empty"])
+def test_what_was_built_is_not_overwritten_where_the_configuration_is_lost(
+    lost: str, command: str, run: Run, workspace: Path, folder: Path
+) -> None:
+    if lost == "gone":
+        (workspace / "harness.toml").unlink()
+        says = ("holds models or results but no harness.toml", "put it back")
+    else:
+        (workspace / "harness.toml").write_text("# nothing\n")
+        says = ("harness.toml says nothing", "put back what it said")
+    check(run, Case("", command, says), workspace=workspace, folder=folder)
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 

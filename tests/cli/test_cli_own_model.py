@@ -313,6 +313,27 @@ def test_a_module_called_like_ours_is_named(
     assert f"{package} is a package of the harness itself" in error_line(refused)
 
 
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("run", "take one with --factory"),
+        ("plan", "take one with --factory"),
+        ("attack-device --uap cache/gray_eps4.pt", "--onnx cache/gray.onnx"),
+    ],
+)
+def test_the_ten_variants_are_not_trained_unasked_beside_models_of_their_own(
+    run: Run, lab: Lab, root: Path, command: str, remedy: str
+) -> None:
+    succeeded(run("run", *GRAY, "--workspace", root, cwd=lab.root))
+    before = sorted((root / "cache").iterdir())
+    refused = run(*command.split(), cwd=root)
+    assert refused.code == 2
+    assert remedy in error_line(refused)
+    assert sorted((root / "cache").iterdir()) == before
+    succeeded(run("attack-device", "--uap", "cache/gray_eps4.pt", "--onnx", "cache/gray.onnx",
+                  cwd=root))  # fmt: skip
+
+
 def test_a_matrix_of_the_ten_variants_is_not_trained_for_a_model_of_their_own(
     run: Run, lab: Lab, root: Path
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from harness.pipeline.estimate import Rates, elapsed_seconds
 from harness.pipeline.running import run_tasks
-from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task
+from harness.pipeline.tasks import Deadline, Progress, Shared, Silent, Task, to_build
 from harness.records import TimeLimitReached
 
 WAIT_SECONDS = 20.0
@@ -32,6 +32,21 @@ def task(
 
 def share(jobs: int) -> dict[Shared, int]:
     return {"accelerator": jobs}
+
+
+def test_what_is_of_something_that_is_built_is_built_too() -> None:
+    done = {"train", "other", "export", "attack", "report"}
+    chain = [("train", ()), ("other", ()), ("export", ("train",)), ("attack", ("export", "other"))]
+
+    def tasks(missing: str) -> list[Task]:
+        return [
+            Task("train", name, 1.0, lambda name=name: name in done - {missing}, print, after=after)
+            for name, after in chain
+        ]
+
+    assert [t.name for t in to_build(tasks(""))] == []
+    assert [t.name for t in to_build(tasks("train"))] == ["train", "export", "attack"]
+    assert [t.name for t in to_build(tasks("other"))] == ["other", "attack"]
 
 
 def test_two_tasks_really_run_at_once() -> None:
