@@ -208,6 +208,9 @@ def _captured(model: nn.Module, example: Tensor, any_batch: bool) -> Written:
     return Written(program.model_proto.SerializeToString())
 
 
+FLAT = "of one colour"
+ENLARGED_ROUNDING = 1e-2
+"""Largest difference of logits, as a share of the largest, on images of one colour."""
 Write = Callable[[nn.Module, Tensor, bool], Written]
 """(uint8 images -> logits, example, whether any number of images is to be taken) -> ONNX."""
 WAYS: tuple[tuple[str, Write, int | None], ...] = (
@@ -246,22 +249,37 @@ def _compared(content: bytes, model: nn.Module, images: Images, batch: int | Non
     if not found.passed:
         return found
     ways = alone[:1] if batch is not None else EXPORT_SETTINGS
-    for images_unlike in _unlike(few):
+    for kind, images_unlike in _unlike(few).items():
         unlike = verify_float(content, model, images_unlike, settings=ways)
-        if not unlike.passed:
-            return replace(unlike, reason=f"on images unlike the data, {unlike.reason}")
+        if not unlike.passed and not (kind == FLAT and _rounded(unlike)):
+            return replace(unlike, reason=f"on images unlike the data ({kind}), {unlike.reason}")
     if batch is not None:
         return found
     return verify_float(content, model, images, settings=EXPORT_SETTINGS)
 
 
-def _unlike(images: Images) -> tuple[Images, ...]:
-    """Brighter, darker, inverted, noise, colours: another side of a branch than the data takes."""
+def _rounded(found: Agreement) -> bool:
+    """Whether what differs is rounding that a model enlarges.
+
+    One that divides by an image's own deviation does so on an image of one colour, which has none;
+    another side of a branch moves logits by much more.
+    """
+    return found.relative_error <= ENLARGED_ROUNDING and found.argmax_agreement == 1.0
+
+
+def _unlike(images: Images) -> dict[str, Images]:
+    """Images that take another side of a branch than the data does, by what they are."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, images.shape, dtype=np.uint8)
     colours = rng.integers(0, 256, (*images.shape[:2], 1, 1), dtype=np.uint8)
     flat = np.ascontiguousarray(np.broadcast_to(colours, images.shape))
-    return (128 + images // 2, images // 2, 255 - images, noise, flat)
+    return {
+        "brighter": 128 + images // 2,
+        "darker": images // 2,
+        "inverted": 255 - images,
+        "noise": noise,
+        FLAT: flat,
+    }
 
 
 def _counted(content: bytes, again: Callable[[], Written], images: Images) -> CostCard:

@@ -137,6 +137,10 @@ def _open(verdict: MaskingVerdict) -> str:
             " more than what gradients led to."
         )
     missing = [kind for kind, s in verdict.signals.items() if s.state == "not measured"]
+    weak = verdict.signals["gradient_free"]
+    if weak.state == "not measured" and weak.value is not None:
+        missing.remove("gradient_free")
+        text += " A search without gradients did no more than random signs, so it says nothing."
     if missing:
         text += f" Not measured: {listed([CHECKS[kind] for kind in missing])}."
     if verdict.near_ceiling:

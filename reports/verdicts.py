@@ -6,6 +6,8 @@ claimed only where a paired test shows one; otherwise it says so.
 
 from __future__ import annotations
 
+import numpy as np
+
 from harness.seeds import METHOD
 from reports import advice, fleet
 from reports.estimates import sample_of
@@ -102,7 +104,8 @@ def _detail(test: Comparison) -> str:
 
 
 def _no_better_than_a_guess(view: View) -> list[str]:
-    chance = 1 - ceiling(view)
+    shares = np.bincount(np.asarray(view.evaluation.labels)) / max(1, len(view.evaluation.labels))
+    chance = max(1 - ceiling(view), float(shares.max()))
     guessing = [
         (v, v.clean.clean_accuracy)
         for v in view.variants
@@ -115,7 +118,8 @@ def _no_better_than_a_guess(view: View) -> list[str]:
         return []
     named = listed([f"{v.label} ({percent(accuracy)})" for v, accuracy in guessing])
     return [
-        f"{named}: not shown to classify clean images better than a guess ({percent(chance)}), so"
+        f"{named}: not shown to classify clean images better than a guess, or always the most"
+        f" frequent class ({percent(chance)}), so"
         " error rates under attack say nothing of robustness there. Look at the training first."
     ]
 

@@ -326,6 +326,31 @@ def test_a_branch_that_the_data_never_takes_is_found_by_images_unlike_it(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+class Standardised(Plain):
+    """Each image by its own deviation, as many pipelines do: of one colour it has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.instance_norm(1e3 * (x - 110.3) / 50.7))
+
+
+class OfColours(Plain):
+    """A branch that only images of one colour take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = x.amax((2, 3), keepdim=True) - x.amin((2, 3), keepdim=True)
+        return super().forward(x) * (1.0 if bool((spread > 1e-3).all()) else 1.1)
+
+
+def test_rounding_that_a_model_enlarges_on_images_of_one_colour_is_no_other_function(tmp_path):
+    exported = export(made(Standardised), tmp_path / "net.onnx")
+    assert exported.path.exists()
+
+
+def test_a_branch_that_only_images_of_one_colour_take_is_found(tmp_path):
+    with pytest.raises(UsageError, match="of one colour"):
+        export(made(OfColours), tmp_path / "net.onnx")
+
+
 def test_a_decision_that_no_image_shows_is_named(tmp_path):
     exported = export(made(Checked), tmp_path / "net.onnx", calibration=dark())
     (decision,) = exported.manifest["decided_on_tensors"]

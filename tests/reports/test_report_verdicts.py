@@ -76,7 +76,8 @@ def test_a_model_that_knows_nothing_is_named(planter, store):
     [group] = [g for g in conclusions(build_view(store)) if g.anchor == "reach"]
     said = group.sentences[0].text.replace(words.NBSP, " ")
     assert said.startswith(
-        "SFP (9.0 %): not shown to classify clean images better than a guess (10.0 %)"
+        "SFP (9.0 %): not shown to classify clean images better than a guess, or always the most"
+        " frequent class (10.0 %)"
     )
     assert "Full" not in said
 
@@ -415,3 +416,17 @@ def test_who_gives_up_clean_accuracy_is_not_advised_but_named_with_its_price(pla
     assert "If file size is the limit, take Q4" in said
     assert "right on clean images less often than Full by 5 points or more: Q2 (" in said
     assert "40.0 % right on clean images, 70.0 % wrong at worst)" in said
+
+
+def test_always_saying_the_most_frequent_class_is_no_better_than_a_guess(store):
+    labels = tuple(0 if i % 10 else 1 for i in range(600))
+    evaluation = synthetic.evaluation_set(labels=labels)
+    store.add_evaluation_set(evaluation)
+    planter = synthetic.Planter(store, evaluation)
+    for name in ("full", "q4"):
+        store.add_model(synthetic.model(name))
+    always, good = np.zeros(600, dtype=np.int64), np.asarray(labels)
+    store.add_prediction_runs([planter.run("full", None, good), planter.run("q4", None, always)])
+    (reach,) = [g for g in conclusions(build_view(store)) if g.anchor == "reach"]
+    said = reach.sentences[0].text.replace(words.NBSP, " ")
+    assert said.startswith("Q4 (90.0 %): not shown to classify clean images better")
