@@ -41,10 +41,14 @@ def headline(view: View) -> str:
     at = f"under the worst untargeted perturbation measured at {epsilon(view.reference_eps)}"
     if len(rated) == 1:
         only = rated[0]
-        which = "was attacked in full" if view.set_apart else "was attacked"
+        which, rest = "was attacked", ""
+        if view.set_apart:
+            which = "was attacked in full"
+            apart = listed([variant.label for variant in view.set_apart])
+            rest = f", since {apart} met other perturbations: `harness run` has all meet the same"
         return (
             f"Only {only.label} {which}: {at} it errs on {_worst(only)} of the images."
-            " There is nothing to compare it with."
+            f" There is nothing to compare it with{rest}."
         )
     base = view.baseline_label
     if view.baseline not in rated:

@@ -430,3 +430,13 @@ def test_always_saying_the_most_frequent_class_is_no_better_than_a_guess(store):
     (reach,) = [g for g in conclusions(build_view(store)) if g.anchor == "reach"]
     said = reach.sentences[0].text.replace(words.NBSP, " ")
     assert said.startswith("Q4 (90.0 %): not shown to classify clean images better")
+
+
+def test_where_the_others_met_other_perturbations_what_to_do_is_said(planter, store):
+    p = planter("full", "q2", "q4")
+    plant(p, "full", {(None, None): 0.05, ("full", 10.0): 0.80, ("q2", 10.0): 0.30})
+    plant(p, "q2", {(None, None): 0.05, ("q2", 10.0): 0.60})
+    plant(p, "q4", {(None, None): 0.05, ("q4", 10.0): 0.20})
+    said = headline(build_view(store)).replace(words.NBSP, " ")
+    assert said.startswith("Only Full was attacked in full")
+    assert "since Q2 and Q4 met other perturbations: `harness run` has all meet the same." in said
