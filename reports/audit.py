@@ -15,12 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.audit.contrasts import Contrast, Means, Meeting, Question, Unit
+from harness.audit.questions import QUESTIONS
 from harness.bootstrap import Estimate, difference
-from reports.inference import ALPHA, MARGIN, holm
+from reports.inference import ALPHA, MARGIN, NEAR_CEILING, holm
 from reports.portable import portable
-from reports.words import p_value
+from reports.words import p_value, tenths
 
 Wrong = npt.NDArray[np.bool_]
+A_GUESS = 0.9
+"""What one errs on, of the paper's ten classes."""
+NEAR_A_GUESS = NEAR_CEILING * A_GUESS
 Measured = Callable[[Meeting, float | None], Wrong | None]
 """(meeting, budget in 1/255 units; None for clean images) -> whether the model errs, per image."""
 
@@ -89,18 +93,31 @@ def _words(finding: Finding, means: Means) -> str:
     return by_verdict[finding.verdict]
 
 
+def _signed(difference: float) -> str:
+    """In points."""
+    text = tenths(difference)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _ceiling(found: Finding) -> str:
+    """What is equal because no model could do worse says nothing of other budgets."""
+    if found.verdict != "none" or min(found.rate, found.reference_rate) < NEAR_A_GUESS:
+        return ""
+    return f", both near the {100 * A_GUESS:.0f} % of a guess"
+
+
 def _at(finding: Finding) -> str:
     return "" if finding.eps is None else f"eps {finding.eps:g}: "
 
 
 def _size(found: Finding) -> str:
     gap = found.difference
-    low, high = 100 * gap.low, 100 * gap.high
     inside = f", inside \u00b1{100 * MARGIN:.0f} points" if found.verdict == "none" else ""
     once = ", of one run" if found.units == 1 else ""
     # An interval beside zero that is not shown: there are many contrasts, or few units.
     doubt = f", {p_value(found.p_adjusted)}" if found.verdict == "undecided" else ""
-    return f"{100 * gap.value:+.1f} points ({low:+.1f} to {high:+.1f}){inside}{once}{doubt}"
+    size = f"{_signed(gap.value)} points ({_signed(gap.low)} to {_signed(gap.high)})"
+    return f"{size}{inside}{_ceiling(found)}{once}{doubt}"
 
 
 def answers(
@@ -257,11 +274,11 @@ def _row(question: str, finding: Finding) -> str:
         finding.label,
         _budget(finding.eps),
         f"{finding.units}",
-        f"{100 * finding.rate:.1f}",
-        f"{100 * finding.reference_rate:.1f}",
-        f"{100 * gap.value:+.1f}",
-        f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}",
-        " ".join(f"{100 * value:+.1f}" for value in finding.each),
+        tenths(finding.rate),
+        tenths(finding.reference_rate),
+        _signed(gap.value),
+        f"{_signed(gap.low)} to {_signed(gap.high)}",
+        " ".join(_signed(value) for value in finding.each),
         p_value(finding.p_adjusted),
         WORDS[finding.verdict],
     )
@@ -289,3 +306,19 @@ def json_text(found: Sequence[Answer], *, facts: Sequence[str]) -> str:
         ],
     }
     return json.dumps(portable(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def answers_in(text: str) -> tuple[list[Answer], list[str]]:
+    """(answers, facts) of what `json_text` wrote, to be said anew when the words change."""
+    content = json.loads(text)
+    found = []
+    for each in content["questions"]:
+        findings = []
+        for one in each["contrasts"]:
+            values = {k: v for k, v in one.items() if k not in ("verdict", "difference", "each")}
+            gap = Estimate(**one["difference"])
+            findings.append(Finding(**values, difference=gap, each=tuple(one["each"])))
+        missing = tuple((one["label"], one["eps"]) for one in each["not_measured"])
+        # Of how many seeds a question is asked changes neither labels nor what they mean.
+        found.append(Answer(QUESTIONS[each["name"]](3), tuple(findings), missing))
+    return found, content["facts"]

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from harness.records import PredictionRun
 from harness.store import Store, open_store
+from reports.audit import answers_in, json_text, markdown_text
 from reports.report import write_report
 
 STORE = "results.db.xz"
@@ -64,6 +65,7 @@ $ xz --decompress --keep --force {store}{other} && harness report --workspace . 
 """
 
 
+MADE = "\n## How it was made\n"
 AUDIT_TEMPLATE = """
 ## How it was made
 
@@ -159,6 +161,15 @@ def publish_audit(workspace: Path, folder: Path, *, commands: list[str]) -> None
     shutil.copyfile(audit / "audit.json", folder / "audit.json")
 
 
+def audit_again(published: Path) -> None:
+    """`audit.md` and `audit.json` said anew from the published numbers."""
+    found, facts = answers_in(published.read_text(encoding="utf-8"))
+    written = published.with_name("audit.md")
+    made = written.read_text(encoding="utf-8").partition(MADE)[2]
+    written.write_text(markdown_text(found, facts=facts) + MADE + made, encoding="utf-8")
+    published.write_text(json_text(found, facts=facts), encoding="utf-8")
+
+
 def _facts(stores: list[Store]) -> dict[str, object]:
     """What they have in common, and every commit and machine behind them."""
     stored = [one for store in stores for one in store.predictions()]
@@ -199,7 +210,9 @@ def main() -> None:
     parser.add_argument("--command", action="append", help="as it was run; may be repeated")
     parser.add_argument("--beside", type=Path, metavar="FOLDER")
     given = parser.parse_args()
-    if given.again is not None:
+    if given.again is not None and given.again.name == "audit.json":
+        audit_again(given.again)
+    elif given.again is not None:
         again(given.again, given.beside)
     elif given.workspace is None or given.folder is None:
         parser.error("name a workspace and a folder, or --again FOLDER")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.store import open_store
+from reports.audit import answers_in, json_text, markdown_text
 from reports.report import write_report
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "reports" / "published"
@@ -37,6 +38,16 @@ def test_the_published_report_is_made_of_the_published_store(folder: Path, tmp_p
             folder.name + (f" --beside reports/published/{other}" if other else "")
         )
         assert same, f"{name}: {again}"
+
+
+def test_the_published_audit_is_said_of_its_published_numbers() -> None:
+    text = (PUBLISHED / "audit.json").read_text(encoding="utf-8")
+    found, facts = answers_in(text)
+    assert json_text(found, facts=facts) == text, AGAIN.format("audit.json")
+    written = (PUBLISHED / "audit.md").read_text(encoding="utf-8")
+    said = markdown_text(found, facts=facts)
+    assert written.startswith(said), AGAIN.format("audit.json")
+    assert written[len(said) :].startswith("\n## How it was made\n")
 
 
 def test_nothing_large_is_published() -> None:
