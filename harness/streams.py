@@ -7,6 +7,7 @@ middle of JSON.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def stdout_spared() -> Iterator[None]:
     """Lead both Python's standard output and the process's file descriptor 1 to standard error."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
-        sys.stdout.flush()
+    before = sys.stdout
+    _flush(before)
     try:
         kept = os.dup(1)
     except OSError:  # closed: there is nothing to spare
@@ -28,6 +29,16 @@ def stdout_spared() -> Iterator[None]:
                     os.dup2(2, 1)
             yield
         finally:
+            _flush(before)
             if kept is not None:
                 os.dup2(kept, 1)
                 os.close(kept)
+
+
+def _flush(stdout: object) -> None:
+    """What waits in buffers, Python's and C's, goes where the descriptor leads now."""
+    for stream in (stdout, sys.__stdout__):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()  # type: ignore[attr-defined]
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no C library by that name
+        ctypes.CDLL(None).fflush(None)

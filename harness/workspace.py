@@ -152,7 +152,9 @@ class Workspace:
 
 def holds_work(root: Path) -> bool:
     """Whether a folder has what an experiment built or measured."""
-    return (root / "results.db").exists() or any((root / "cache").glob("*.pt"))
+    made = ("*.pt", "*.onnx", ".partial/*.pt")
+    found = any(any((root / "cache").glob(pattern)) for pattern in made)
+    return found or (root / "results.db").exists()
 
 
 def create_workspace(root: Path, config: Config) -> Workspace:

@@ -134,9 +134,9 @@ def by_constraint(view: View) -> list[str]:
                 left_out = f" Left out, measurement not valid: {doubtful}."
             points = sound
         kept = [p for p in points if p[0].name not in poor]
-        if kept:
-            dropped = [p for p in points if p[0].name in poor]
-            said.append(_advice(view, cost, kept) + _at_a_price(view, cost, dropped) + left_out)
+        price = _at_a_price(view, cost, [p for p in points if p[0].name in poor])
+        text = _advice(view, cost, kept) if kept else f"No advice on {cost.phrase}."
+        said.append(text + price + left_out)
     accurate = max(
         (v for v in view.variants if v.clean and v.clean.clean_accuracy is not None),
         key=lambda v: (v.clean.clean_accuracy or 0.0) if v.clean else 0.0,

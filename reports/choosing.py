@@ -39,19 +39,32 @@ class FleetMix:
     """Whether a mix chosen on half of the images is shown to do better on the other half."""
 
 
+def _matrix(view: View) -> tuple[list[str], list[VariantView]]:
+    """(every source, the models that met all of them)."""
+    sources = sorted({s for v in view.variants for s in v.attacked})
+    return sources, [v for v in view.variants if all(s in v.attacked for s in sources)]
+
+
+def incomplete(view: View) -> bool:
+    """Whether a model that something was crafted on did not meet everything, or few did."""
+    sources, victims = _matrix(view)
+    lacking = {v.name for v in view.variants} - {v.name for v in victims}
+    return len(victims) < 2 or len(sources) < 2 or bool(lacking.intersection(sources))
+
+
 def fleet_mix(view: View) -> FleetMix | None:
-    """The minimax mix over the complete transfer matrix, or None where it is incomplete.
+    """The minimax mix over the complete transfer matrix, of models that keep the clean accuracy.
+
+    None where it is incomplete, or fewer than two do.
 
     A model that nothing was crafted on takes part only if it faced every perturbation.
 
     Minimise t subject to sum_v w_v UER[v, s] <= t for every perturbation s, sum_v w_v = 1.
     """
-    sources = sorted({s for v in view.variants for s in v.attacked})
-    victims = [v for v in view.variants if all(s in v.attacked for s in sources)]
-    incomplete = {v.name for v in view.variants} - {v.name for v in victims}
+    sources, victims = _matrix(view)
     poor = {test.variant.name for test in inaccurate(view)}
     victims = [v for v in victims if v.name not in poor]
-    if len(victims) < 2 or incomplete.intersection(sources) or len(sources) < 2:
+    if incomplete(view) or len(victims) < 2:
         return None
     uer = np.array([[rate_of(v.attacked[s]) for s in sources] for v in victims])  # [V, S]
     mix = _minimax(uer)

@@ -5,11 +5,12 @@ Enters: a `View`. Leaves: plain-text sentences; nothing is said to carry over wi
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import combinations
 
 from harness.records import ResultRow
 from harness.sources import FLEET
-from reports.choosing import fleet_mix
+from reports.choosing import fleet_mix, incomplete
 from reports.inference import ALPHA, holm, inaccurate, mean_difference, rate_of
 from reports.view import View
 from reports.words import label_of, listed, percent
@@ -48,14 +49,13 @@ def _carried_over(view: View) -> list[str]:
             f" ({percent(low.uer)} on {label_of(low.variant)}, {percent(high.uer)} on"
             f" {label_of(high.variant)})"
         )
-    said = [_who_extracts(view, carried[strongest], f"{label_of(strongest)} reaches {reach}")]
-    if said[0].startswith("An attacker"):
-        said[0] = f"{said[0]}{_most_carried(view, carried, strongest)}."
+    what = f"{label_of(strongest)} reaches {reach}"
+    said = [_who_extracts(view, carried, strongest, what)]
     mix = fleet_mix(view)
     if mix is None:
         why = "the transfer matrix is incomplete"
-        if inaccurate(view):
-            why = "too few met every perturbation and keep the baseline\u2019s clean accuracy"
+        if not incomplete(view):
+            why = "fewer than two models keep the baseline\u2019s clean accuracy"
         said.append(f"No mix of variants is computed: {why}.")
     elif mix.best_single_worst - mix.worst < 0.005 or not mix.shown:
         gain = (
@@ -81,34 +81,48 @@ def _carried_over(view: View) -> list[str]:
 def _carried(view: View) -> dict[str, list[ResultRow]]:
     """By source, the rows of the models that met every other source: their means compare.
 
-    A file that met one perturbation must not decide whose carries over most, nor one that guesses.
+    A file that met one perturbation must not decide whose carries over most, nor one that guesses,
+    nor a perturbation that only some models met. Where no model met all, all rows are there.
     """
-    sources = {row.uap_source for v in view.variants for row in v.transfers}
+    rows = {v.name: {r.uap_source: r for r in v.transfers if r.uap_source} for v in view.variants}
+    crafted_on = [v.name for v in view.variants if v.white_box is not None]
+    met = Counter(source for name in crafted_on or rows for source in rows[name])
+    sources = {source for source, count in met.items() if count == max(met.values())}
     guesses = {test.variant.name for test in inaccurate(view)}
-    rows = {v.name: {row.uap_source: row for row in v.transfers} for v in view.variants}
-    victims = [name for name, met in rows.items() if sources - {name} <= met.keys()]
+    victims = [name for name, there in rows.items() if sources - {name} <= there.keys()]
+    if not victims:
+        victims, sources = list(rows), set(met)
     carried: dict[str, list[ResultRow]] = {}
     for name in [v for v in victims if v not in guesses] or victims:
         for source, row in rows[name].items():
-            if row.uer is not None and source is not None:
+            if row.uer is not None and source in sources:
                 carried.setdefault(source, []).append(row)
     return carried
 
 
-def _who_extracts(view: View, rows: list[ResultRow], what: str) -> str:
-    """Whether the strongest of what carries over is shown to do anything at all."""
+def _who_extracts(
+    view: View, carried: dict[str, list[ResultRow]], strongest: str, what: str
+) -> str:
+    """Whether the strongest of what carries over is shown to do anything at all.
+
+    It was picked for its strength, so every source is tested against clean images with it.
+    """
     clean = {v.name: v.clean for v in view.variants}
-    before = [found for row in rows if (found := clean[row.variant]) is not None]
-    shown = True
-    if len(before) == len(rows):
-        test = mean_difference(view, rows, before)
-        shown = test.p < ALPHA and test.value > 0
-    if shown:
+    before = {
+        source: [found for row in rows if (found := clean[row.variant]) is not None]
+        for source, rows in carried.items()
+    }
+    if any(len(before[source]) < len(rows) for source, rows in carried.items()):
+        return f"The perturbation crafted on {what}; not compared with clean images."
+    tests = [mean_difference(view, rows, before[source]) for source, rows in carried.items()]
+    adjusted = dict(zip(carried, holm([test.p for test in tests]), strict=True))
+    value = dict(zip(carried, (test.value for test in tests), strict=True))[strongest]
+    if adjusted[strongest] < ALPHA and value > 0:
         return (
             "An attacker who extracts one device attacks the others too: the perturbation crafted"
-            f" on {what}"
+            f" on {what}{_most_carried(view, carried, strongest)}."
         )
-    rate = sum(rate_of(row) for row in before) / len(before)
+    rate = sum(rate_of(row) for row in before[strongest]) / len(before[strongest])
     return (
         f"No perturbation is shown to carry over: the strongest, crafted on {what}, where"
         f" {percent(rate)} are wrong on clean images."

@@ -159,7 +159,7 @@ def craft(
             raise UsageError(f"--eps {value:g} must be from 1 to 255 (1/255 units)")
 
     from harness.pipeline.checkpoints import train_tasks
-    from harness.pipeline.uaps import craft_tasks
+    from harness.pipeline.uaps import craft_tasks, say_what_is_left_of
 
     workspace = agreed_workspace(root, None, dataset, None)
     # Whether a model can be attacked is tried on images, also before a dry run.
@@ -174,6 +174,7 @@ def craft(
         from harness.pipeline.brought import brought_tasks
 
         own = _uap_names(context, [model.recipe.name], eps, targets, attack)
+        say_what_is_left_of(context, {name.eps for name in own} - {name.eps for name in names})
         names, tasks = names + own, tasks + brought_tasks(model, own)
     paths = [context.workspace.uap(name) for name in names]
     build_in(context, tasks, paths, dry_run=dry_run, as_json=as_json, brought=model)

@@ -70,11 +70,13 @@ def to_build(tasks: Sequence[Task]) -> list[Task]:
     Args:
         tasks: in an order that respects their dependencies.
     """
-    found: dict[str, Task] = {}
+    found, names = [], set[str]()
     for task in tasks:
-        if found.keys() & set(task.after) or not task.is_done():
-            found[task.name] = task
-    return list(found.values())
+        if names & set(task.after) or not task.is_done():
+            found.append(task)
+            # A pass over several perturbations is called after its first: "craft x_eps2 (6 ...)".
+            names.add(task.name.partition(" (")[0])
+    return found
 
 
 class Reporter(Protocol):

@@ -57,7 +57,7 @@ CRAFT_COST = {"full": 2.2, "sfp": 2.2, "pp": 2.2, "apot": 4.5}
 """Forward passes that one image of one step costs: forward and input gradient."""
 
 
-def _say_what_is_left_of(context: Context, budgets: set[float]) -> None:
+def say_what_is_left_of(context: Context, budgets: set[float]) -> None:
     """Of a budget between two whole pixel levels, where perturbations end with those."""
     between = sorted(eps for eps in budgets if eps != int(eps))
     if between and context.config.protocol == "clean":
@@ -74,7 +74,7 @@ def craft_tasks(context: Context, names: list[UapName]) -> list[Task]:
     names = list(dict.fromkeys(names))
     for name in names:
         check_name(context, name)
-    _say_what_is_left_of(context, {name.eps for name in names})
+    say_what_is_left_of(context, {name.eps for name in names})
     tasks: list[Task] = []
     groups: dict[tuple[str, str, Settings], _Pass] = {}
     for name in names:

@@ -23,6 +23,22 @@ def test_what_is_printed_past_python_goes_to_standard_error(
     assert sorted(seen.err.split("\n")) == ["", "by Python", "past it"]
 
 
+def test_what_waits_in_a_buffer_of_c_goes_there_too() -> None:
+    code = (
+        "import ctypes, sys\n"
+        "from harness.streams import stdout_spared\n"
+        "with stdout_spared():\n"
+        "    ctypes.CDLL(None).printf(b'by C\\n')\n"
+        "    sys.__stdout__.write('by an old handle\\n')\n"
+        "print('data')\n"
+    )
+    there = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=there, check=True)
+    assert done.stdout == "data\n"
+    assert sorted(done.stderr.split("\n")) == ["", "by C", "by an old handle"]
+
+
 def test_a_failure_inside_leaves_standard_output_where_it_was(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

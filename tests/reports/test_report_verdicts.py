@@ -418,6 +418,15 @@ def test_who_gives_up_clean_accuracy_is_not_advised_but_named_with_its_price(pla
     assert "40.0 % right on clean images, 70.0 % wrong at worst)" in said
 
 
+def test_where_only_the_inaccurate_were_attacked_that_is_said(planter, store):
+    p = planter("full", "q2", "q4")
+    plant(p, "full", {(None, None): 0.05})
+    for name in ("q2", "q4"):
+        plant(p, name, {(None, None): 0.60, ("q2", 10.0): 0.70, ("q4", 10.0): 0.70})
+    said = advice_text(store)
+    assert "No advice on file size. Not considered," in said
+
+
 def test_always_saying_the_most_frequent_class_is_no_better_than_a_guess(store):
     labels = tuple(0 if i % 10 else 1 for i in range(600))
     evaluation = synthetic.evaluation_set(labels=labels)
