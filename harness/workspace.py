@@ -114,13 +114,16 @@ class Workspace:
         """The perturbation of that name."""
         return self.cache / f"{name.stem}.pt"
 
-    def of_ones_own(self) -> list[str]:
-        """Names of a user's models that were exported here, where none of the ten was trained."""
-        if any(self.checkpoint(name).exists() for name in PAPER_ORDER):
-            return []
-        names = [path.stem for path in sorted(self.cache.glob("*.json"))]
+    def own_models(self) -> list[str]:
+        """Names of a user's models that were exported here: with a manifest beside the file."""
+        names = [path.stem for path in sorted(self.cache.glob("*.onnx"))]
         own = [name for name in names if name.removesuffix("_compat") not in DEPLOYABLE]
-        return [name for name in own if self.onnx(name).exists()]
+        return [name for name in own if self.onnx(name).with_suffix(".json").exists()]
+
+    def of_ones_own(self) -> list[str]:
+        """The same, where none of the ten variants was trained beside them."""
+        trained = any(self.checkpoint(name).exists() for name in PAPER_ORDER)
+        return [] if trained else self.own_models()
 
     def partial(self, name: str) -> Path:
         """State of unfinished work."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.metrics import UNSEEN, Classes, most_unseen
 from reports.inference import MARGIN
-from reports.view import RunKey
+from reports.view import RunKey, by_torch
 
 MOST_UNSEEN = MARGIN / 2
 """Share of all images on which a file may answer otherwise though none of its sample showed it, at
@@ -41,11 +41,6 @@ def agreed(answers: Mapping[RunKey, Classes]) -> dict[RunKey, Classes]:
         if key[0] not in differs and seen > 0 and unseen_share(seen, found.size) <= MOST_UNSEEN:
             judged[key] = torch
     return judged
-
-
-def by_torch(key: RunKey) -> RunKey:
-    """The run of PyTorch that a run is compared with."""
-    return (key[0], key[1], "local", False, "torch")
 
 
 def differing(key: RunKey, found: Classes, answers: Mapping[RunKey, Classes]) -> int:

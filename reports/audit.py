@@ -19,7 +19,7 @@ from harness.audit.questions import QUESTIONS
 from harness.bootstrap import Estimate, difference
 from reports.inference import ALPHA, MARGIN, NEAR_CEILING, holm
 from reports.portable import portable
-from reports.words import p_value, tenths
+from reports.words import p_value, points, tenths
 
 Wrong = npt.NDArray[np.bool_]
 A_GUESS = 0.9
@@ -93,12 +93,6 @@ def _words(finding: Finding, means: Means) -> str:
     return by_verdict[finding.verdict]
 
 
-def _signed(difference: float) -> str:
-    """In points."""
-    text = tenths(difference)
-    return text if text.startswith("-") else f"+{text}"
-
-
 def _ceiling(found: Finding) -> str:
     """What is equal because no model could do worse says nothing of other budgets."""
     if found.verdict != "none" or min(found.rate, found.reference_rate) < NEAR_A_GUESS:
@@ -116,7 +110,7 @@ def _size(found: Finding) -> str:
     once = ", of one run" if found.units == 1 else ""
     # An interval beside zero that is not shown: there are many contrasts, or few units.
     doubt = f", {p_value(found.p_adjusted)}" if found.verdict == "undecided" else ""
-    size = f"{_signed(gap.value)} points ({_signed(gap.low)} to {_signed(gap.high)})"
+    size = f"{points(gap.value)} points ({points(gap.low)} to {points(gap.high)})"
     return f"{size}{inside}{_ceiling(found)}{once}{doubt}"
 
 
@@ -276,9 +270,9 @@ def _row(question: str, finding: Finding) -> str:
         f"{finding.units}",
         tenths(finding.rate),
         tenths(finding.reference_rate),
-        _signed(gap.value),
-        f"{_signed(gap.low)} to {_signed(gap.high)}",
-        " ".join(_signed(value) for value in finding.each),
+        points(gap.value),
+        f"{points(gap.low)} to {points(gap.high)}",
+        " ".join(points(value) for value in finding.each),
         p_value(finding.p_adjusted),
         WORDS[finding.verdict],
     )

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from harness.metrics import UNSEEN, Classes, corrected_rate
 from harness.records import ResultRow
-from reports.agreed import by_torch, differing, unseen_share
-from reports.view import RunKey, VariantView, View, run_of
+from reports.agreed import differing, unseen_share
+from reports.view import RunKey, VariantView, View, by_torch, run_of
 from reports.words import clean_text, percent, span
 
 

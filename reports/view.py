@@ -250,8 +250,7 @@ class View:
 
         With `torch` the second are PyTorch's.
         """
-        model, uap, *_ = key = run_of(second)
-        key = (model, uap, "local", False, "torch") if torch else key
+        key = by_torch(run_of(second)) if torch else run_of(second)
         return self._both(self.answers.get(run_of(first)), self.answers.get(key))
 
     def _both(self, ours: Classes | None, theirs: Classes | None) -> Together | None:
@@ -267,6 +266,11 @@ class View:
 def run_of(row: ResultRow) -> RunKey:
     """The key of the run behind a row."""
     return (row.model_sha256, row.uap_sha256, row.device, row.emulated, row.runtime)
+
+
+def by_torch(key: RunKey) -> RunKey:
+    """The run of PyTorch that a run is compared with."""
+    return (key[0], key[1], "local", False, "torch")
 
 
 def _uer(row: ResultRow) -> float:

@@ -86,8 +86,8 @@ def run(
 ) -> None:
     """Everything: train, compress, export, craft, attack, time, report.
 
-    In a folder without a harness.toml, writes one first (preset quickstart: the embedded digits,
-    minutes on two cores). Interrupt it at will: the same command continues. Change harness.toml
+    In a new folder, writes a harness.toml first (preset quickstart: the embedded digits, minutes on
+    two cores). Interrupt it at will: the same command continues. Change harness.toml
     and only what depends on the change is built again. With --model, only those variants are built,
     with what they start from and no fleet; the report shows all that was ever measured here.
 

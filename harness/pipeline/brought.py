@@ -136,10 +136,9 @@ def _pass(brought: Brought, names: list[UapName], settings: Settings) -> Task:
                 },
             )
 
-    count = f" ({len(names)} perturbations)" if len(names) > 1 else ""
     return Task(
         stage="craft",
-        name=f"craft {names[0].stem}{count}",
+        name=f"craft {names[0].stem}",
         work=COST * evaluations(settings, len(context.data.attack)) * max(1, len(missing())),
         is_done=lambda: not missing(),
         run=run,

@@ -19,7 +19,6 @@ from harness.pipeline.context import CPU_THREADS, Context, use_cpu_threads
 from harness.pipeline.exports import EXPORT_FORWARDS, brought_manifest, measure_memory
 from harness.pipeline.tasks import Progress, Task, note
 from harness.pipeline.uap_names import transfer_names
-from harness.records import DEPLOYABLE
 
 VERSION = 2
 
@@ -50,17 +49,17 @@ class Earlier:
 def earlier_models(context: Context, *, but: str) -> list[Earlier]:
     """Every model that was brought here before, others than `but`."""
     found = []
-    for path in sorted(context.workspace.cache.glob("*.onnx")):
-        name = path.stem
-        if name == but or name.removesuffix("_compat") in DEPLOYABLE:
+    for name in context.workspace.own_models():
+        if name == but:
             continue
+        path = context.workspace.onnx(name)
         manifest = brought_manifest(path)
         if manifest is not None:
             metadata = manifest["metadata"]
             options = f"--factory {metadata['factory']} {metadata.get('convention', '')}".strip()
             lacks = _lacks(context, path, metadata)
             found.append(Earlier(name, lacks, f"harness run {options} --name {name}"))
-        elif path.with_suffix(".json").exists():  # else a file that the user put there
+        else:
             command = f"harness run --factory PKG:FN --name {name}"
             found.append(Earlier(name, "its file, or the manifest beside it, is damaged", command))
     return found

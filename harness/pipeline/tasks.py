@@ -74,8 +74,7 @@ def to_build(tasks: Sequence[Task]) -> list[Task]:
     for task in tasks:
         if names & set(task.after) or not task.is_done():
             found.append(task)
-            # A pass over several perturbations is called after its first: "craft x_eps2 (6 ...)".
-            names.add(task.name.partition(" (")[0])
+            names.add(task.name)
     return found
 
 

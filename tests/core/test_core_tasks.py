@@ -47,9 +47,6 @@ def test_what_is_of_something_that_is_built_is_built_too() -> None:
     assert [t.name for t in to_build(tasks(""))] == []
     assert [t.name for t in to_build(tasks("train"))] == ["train", "export", "attack"]
     assert [t.name for t in to_build(tasks("other"))] == ["other", "attack"]
-    crafted = Task("craft", "craft a_eps2 (6 perturbations)", 1.0, lambda: False, print)
-    attacked = Task("evaluate", "attack", 1.0, lambda: True, print, after=("craft a_eps2",))
-    assert to_build([crafted, attacked]) == [crafted, attacked]
 
 
 def test_two_tasks_really_run_at_once() -> None:
