@@ -208,7 +208,8 @@ def _variants(workspace: Workspace, models: tuple[str, ...], all_models: bool) -
     if not models and not all_models and (own := workspace.of_ones_own()):
         raise UsageError(
             f"the workspace {workspace.root} is of models of your own ({', '.join(own)}): take one"
-            " with --factory (run --dry-run --factory plans it), or --all to train the ten variants beside them"
+            " with --factory (run --dry-run --factory plans it), or --all to train the ten variants"
+            " beside them"
         )
     return chosen_variants(models, all_models or not models)
 
@@ -252,8 +253,8 @@ def agreed_workspace(
         if holds_work(root):
             raise UsageError(
                 f"the folder {root} holds models or results but no {CONFIG_NAME}, which says what"
-                " they are of: put it back (or write one with `harness init`, and what differs from it is built"
-                " again), or take another folder with --workspace"
+                " they are of: put it back (or write one with `harness init`, and what differs from it"
+                " is built again), or take another folder with --workspace"
             )
         return Workspace(root, _configuration(root, preset, dataset, seed))
     workspace = open_workspace(root)
