@@ -253,8 +253,8 @@ def agreed_workspace(
         if holds_work(root):
             raise UsageError(
                 f"the folder {root} holds models or results but no {CONFIG_NAME}, which says what"
-                " they are of: put it back (or write one with `harness init`, and what differs from it"
-                " is built again), or take another folder with --workspace"
+                " they are of: put it back (or write one with `harness init`, and what differs from"
+                " it is built again), or take another folder with --workspace"
             )
         return Workspace(root, _configuration(root, preset, dataset, seed))
     workspace = open_workspace(root)
